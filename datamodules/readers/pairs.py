@@ -1,0 +1,81 @@
+"""Pairs of texts, of which the first is compressed and helps to predict the second: the pre-training data of InComeS.
+
+Any table will do whose rows have an edit and a text that follows from it (abstract and title, passage and answer, ...):
+the columns are arguments.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datamodules.readers import fields
+from datamodules.readers.base import OnError, load_rows, read_all
+from datamodules.records import EditRecord, EditRequest, Query
+
+
+def read_pairs(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    edit: str,
+    text: str,
+    stem: str | None = None,
+    on_error: OnError = "raise",
+    name: str | None = None,
+) -> Iterator[EditRecord]:
+    """Read text pairs from a JSON or JSON Lines file, or from rows.
+
+    A record's edit is free text, and its one rephrase is the query `stem` with the answer `text`. Such tables have no
+    ids, so a record's is `<name>-<index>`.
+
+    Args:
+        edit: the column of the edit. Columns may be dotted paths, such as "answers.text"; the first element of a
+            list on the path is taken.
+        text: the column of the text to be predicted.
+        stem: the column of a prompt before the text, such as a question; without it the text is predicted from its
+            start.
+        name: names the source in ids and messages; by default the file's stem, or "pairs" for rows.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_rows`; ValueError also if there are no rows.
+        MalformedRecord: for a row in which a column is missing, empty or not text.
+    """
+    if isinstance(source, str | Path):
+        rows, origin, prefix = load_rows(source), str(source), name or fields.stem(source)
+    else:
+        rows, origin, prefix = source, name or "pairs", name or "pairs"
+
+    def convert(row: Mapping[str, Any], index: int) -> EditRecord:
+        prompt = fields.text(row, stem) if stem else ""
+        request = EditRequest(text=fields.text(row, edit))
+        return EditRecord(f"{prefix}-{index}", (request,), rephrases=(Query(prompt, (fields.text(row, text),)),))
+
+    return read_all(rows, origin, convert, on_error)
+
+
+def read_hub(
+    name: str,
+    subset: str | None,
+    split: str,
+    edit: str,
+    text: str,
+    stem: str | None = None,
+    revision: str | None = None,
+    on_error: OnError = "raise",
+) -> Iterator[EditRecord]:
+    """Read text pairs from a Hugging Face dataset (or a local folder of data files), kept on disk and memory-mapped.
+
+    No code of the dataset's is run, so datasets that need a loading script are refused. The remaining arguments and
+    errors are those of `read_pairs`.
+
+    Raises:
+        RuntimeError: if the dataset cannot be loaded, for whatever reason.
+    """
+    import datasets  # takes a second to import, which readers of local files need not wait for
+
+    try:
+        table: Any = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=False)
+    except Exception as error:  # the hub client's errors share no base class
+        raise RuntimeError(
+            f"cannot load dataset {name!r} (subset {subset!r}, split {split!r}, revision {revision!r}): {error}; check "
+            f"these names and the network, or save its rows as JSON Lines and read them with the format 'pairs'"
+        ) from error
+    return read_pairs(table, edit, text, stem, on_error, name=name)

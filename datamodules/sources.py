@@ -1,0 +1,208 @@
+"""Sources of records as one data set: Arrow on disk, memory-mapped, so that millions of records cost no RAM."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import Dataset
+
+from datamodules.readers import FORMATS, read
+from datamodules.records import EditRecord
+from datamodules.schedule import Place, Slot
+
+DATA_FOLDER = "PALIMPSEST_DATA"
+_FEATURES = datasets.Features({"record": datasets.Value("string")})
+_SPREAD_ABOVE = 100_000  # records; below, starting processes takes longer than the work
+
+
+@dataclass
+class Source:
+    """Where records come from.
+
+    Args:
+        format: name of the format, one of `datamodules.readers.FORMATS`.
+        path: the file, looked for from the working directory and then below the folder named by the environment
+            variable PALIMPSEST_DATA; for "hub" the data set's name; none for records that are generated ("facts").
+        options: further arguments of the format's reader, such as `split: val` for "facts".
+        limit: take the first records only, this many at most.
+        weight: how often the mixture draws from this source while it has records left, relative to the other sources.
+            Without weights, all records of all sources are shuffled together.
+        on_error: what to do at a malformed record: "raise", or "skip" and count.
+
+    Raises:
+        ValueError: for an unknown format, or a limit or weight that is not positive.
+    """
+
+    format: str
+    path: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    weight: float | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}; known formats: {', '.join(FORMATS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 (or null for all records), got {self.limit}: {self.name}")
+        if self.weight is not None and not self.weight > 0:
+            raise ValueError(f"weight must be positive (leave the source out instead), got {self.weight}: {self.name}")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.format} {self.path}" if self.path else self.format
+
+    def located(self) -> Path | None:
+        """The file that is read; None where the format reads no local file.
+
+        Raises:
+            FileNotFoundError: names the path and the places where it was looked for.
+        """
+        if self.path is None or self.format == "hub":
+            return None
+        folder = os.environ.get(DATA_FOLDER)
+        places = [Path.cwd(), *([Path(folder).expanduser()] if folder else [])]
+        for place in places:
+            if (found := place / Path(self.path).expanduser()).exists():
+                return found.resolve()
+        looked = f"looked in {' and in '.join(map(str, places))}"
+        hint = "" if folder else f"; {DATA_FOLDER}, which may name a folder of data, is not set"
+        raise FileNotFoundError(f"no data file {self.path} (format {self.format}): {looked}{hint}")
+
+
+class RecordDataset(Dataset[Slot]):
+    """Records by index, source after source. Items are asked for by `Place` (see `PoolSchedule`) and come as `Slot`s.
+
+    Args:
+        tables: one for each source, with one column "record": `EditRecord.to_json`.
+        weights: the sources' weights in the mixture, if they have any.
+    """
+
+    def __init__(self, tables: Sequence[datasets.Dataset], weights: Sequence[float] | None = None) -> None:
+        self.tables = list(tables)
+        self.weights = weights
+        self._rows = self.tables[0] if len(tables) == 1 else datasets.concatenate_datasets(self.tables)
+
+    @classmethod
+    def from_records(cls, records: Sequence[EditRecord]) -> "RecordDataset":
+        """A data set of records that are already in memory."""
+        rows = [{"record": r.to_json()} for r in records]
+        return cls([datasets.Dataset.from_list(rows, features=_FEATURES)])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Records of each source."""
+        return [len(table) for table in self.tables]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, index: int) -> EditRecord:
+        return EditRecord.from_json(self._rows[index]["record"])
+
+    def records(self, indices: Sequence[int]) -> list[EditRecord]:
+        return [EditRecord.from_json(text) for text in self._rows[list(indices)]["record"]]
+
+    def __getitem__(self, place: Place) -> Slot:
+        return Slot(self.record(place.index), place.pool, place.seed)
+
+    def __getitems__(self, places: Sequence[Place]) -> list[Slot]:
+        """All slots of a micro-batch in one look-up; `DataLoader` prefers this."""
+        records = self.records([p.index for p in places])
+        return [Slot(record, place.pool, place.seed) for record, place in zip(records, places, strict=True)]
+
+    def where(self, fits: Callable[[EditRecord], bool], workers: int = 0) -> "RecordDataset":
+        """The records for which `fits` is true. The result is cached on disk beside the table where there is one."""
+        return RecordDataset([_filtered(table, fits, workers) for table in self.tables], self.weights)
+
+
+def load(sources: Sequence[Source], cache_dir: str | None = None) -> RecordDataset:
+    """Read sources into a data set, from the Arrow cache where the file and the readers have not changed since.
+
+    Args:
+        cache_dir: the folder of the cache; Hugging Face's own by default.
+
+    Raises:
+        ValueError: without a source, if some but not all have a weight, or for a source without records.
+        FileNotFoundError: see `Source.located`. Otherwise what the readers raise.
+    """
+    if not sources:
+        raise ValueError("no source is given; name at least one, such as `- format: facts`")
+    weights = [s.weight for s in sources if s.weight is not None]
+    if weights and len(weights) != len(sources):
+        without = ", ".join(s.name for s in sources if s.weight is None)
+        raise ValueError(f"give every source a weight, or none; without a weight: {without}")
+    return RecordDataset([_table(s, cache_dir) for s in sources], weights or None)
+
+
+def keep(dataset: RecordDataset, fits: Callable[[EditRecord], bool], what: str, workers: int = 0) -> RecordDataset:
+    """Leave out the records for which `fits` is false, and say in one line how many those are.
+
+    Args:
+        what: names the data set in messages, such as "train".
+        workers: processes for a large data set.
+
+    Raises:
+        ValueError: if no record is left.
+    """
+    kept = dataset.where(fits, workers)
+    left_out = len(dataset) - len(kept)
+    if not len(kept):
+        raise ValueError(f"all {len(dataset):,} records are longer than the limits ({what}); raise the limits")
+    if left_out:
+        rank_zero_info(f"left out {left_out:,} of {len(dataset):,} records longer than the limits ({what})")
+    return kept
+
+
+def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
+    path = source.located()
+    options = source.options if source.on_error == "raise" else {**source.options, "on_error": source.on_error}
+    stat = path.stat() if path else None
+    what = {
+        "format": source.format,
+        "path": str(path) if path else source.path,
+        "options": options,
+        "limit": source.limit,
+        "version": (stat and (stat.st_size, stat.st_mtime_ns), _code()),
+    }
+    try:
+        # every argument of the generator is a part of the cache's key
+        table = datasets.Dataset.from_generator(_rows, features=_FEATURES, cache_dir=cache_dir, gen_kwargs=what)  # type: ignore[arg-type]
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None  # the reader's own error says which record is wrong
+    if not len(table):
+        raise ValueError(f"{source.name}: no records; check its options: {source.options}")
+    return table  # type: ignore[return-value]
+
+
+def _rows(
+    format: str, path: str | None, options: dict[str, Any], limit: int | None, version: object
+) -> Iterator[dict[str, str]]:
+    for record in islice(read(format, path, **options), limit):
+        yield {"record": record.to_json()}
+
+
+@cache
+def _code() -> str:
+    """A hash of the readers' code: a reader that is corrected must not be answered from an old cache."""
+    here = Path(__file__).parent
+    files = [here / "records.py", *sorted((here / "readers").glob("*.py"))]
+    return sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _filtered(table: datasets.Dataset, fits: Callable[[EditRecord], bool], workers: int) -> datasets.Dataset:
+    processes = workers if workers > 1 and len(table) > _SPREAD_ABOVE else None
+    return table.filter(_row_fits, input_columns=["record"], fn_kwargs={"fits": fits}, num_proc=processes)
+
+
+def _row_fits(record: str, fits: Callable[[EditRecord], bool]) -> bool:
+    return fits(EditRecord.from_json(record))

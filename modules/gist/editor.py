@@ -1,0 +1,132 @@
+"""InComeS as an editor: requests become gists in a pool, and every pass of the model reads from that pool."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from datamodules.records import EditRequest
+from datamodules.tokens import encode, pad, pad_id
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor
+from modules.gist.model import GistModel
+from modules.gist.pool import GistPool
+
+
+class GistEdited(Edited):
+    """A gist model with a pool of edits.
+
+    Args:
+        requests, pool: the edits and their gists, in the same order.
+    """
+
+    def __init__(self, model: GistModel, requests: Sequence[EditRequest], pool: GistPool) -> None:
+        super().__init__(model.backbone, bos=False)  # as in training (released code)
+        self.model = model
+        self.requests = tuple(requests)
+        self.pool = pool
+
+    def decode(
+        self, ids: Tensor, mask: Tensor, state: Any = None, trace: dict[int, Tensor] | None = None, **options: Any
+    ) -> tuple[Any, Any]:
+        return self.model(ids, mask, self.pool, carried=state, trace=trace, **options)
+
+    @contextmanager
+    def edit(self, requests: Sequence[EditRequest]) -> Iterator["GistEdited"]:
+        """The same with more edits; an edit that stands in the pool already is not encoded again."""
+        yield self.add(requests)
+
+    def add(self, requests: Sequence[EditRequest]) -> "GistEdited":
+        """A pool with more edits. Encoding them now or with the others gives the same gists."""
+        known = {r.statement for r in self.requests}
+        new = [r for r in {r.statement: r for r in requests}.values() if r.statement not in known]
+        pool = GistPool.join([self.pool, encode_edits(self.model, new)]) if new else self.pool
+        return GistEdited(self.model, [*self.requests, *new], pool)
+
+    def remove(self, requests: Sequence[EditRequest]) -> "GistEdited":
+        """A pool without these edits.
+
+        Raises:
+            ValueError: for an edit that is not in the pool.
+        """
+        gone = {r.statement for r in requests}
+        missing = gone - {r.statement for r in self.requests}
+        if missing:
+            raise ValueError(f"not in the pool, so it cannot be removed: {sorted(missing)[0]!r}")
+        rows = [i for i, r in enumerate(self.requests) if r.statement not in gone]
+        return GistEdited(self.model, [self.requests[i] for i in rows], self.pool.keep(rows))
+
+    def save(self, folder: Path) -> None:
+        """Write pool.safetensors and pool.json (the edits as text) to a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.pool.map(lambda t: t.cpu()).tensors(), folder / "pool.safetensors")
+        lines = [asdict(r) for r in self.requests]
+        (folder / "pool.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, model: GistModel, folder: Path) -> "GistEdited":
+        """Read a pool that `save` wrote.
+
+        Raises:
+            ValueError: where the folder holds no pool, or one of another model.
+        """
+        for name in ("pool.safetensors", "pool.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no {name}; give a folder that an edited model was saved to")
+        requests = [EditRequest(**r) for r in json.loads((folder / "pool.json").read_text(encoding="utf-8"))]
+        pool = GistPool.from_tensors(load_file(folder / "pool.safetensors", device=str(model.backbone.device)))
+        gists = next(iter(pool.layers.values()), None)
+        expected = (model.backbone.key_value_heads, model.backbone.head_dim)
+        if set(pool.layers) - set(model.active) or (gists is not None and gists.keys.shape[1:] != expected):
+            raise ValueError(f"the pool in {folder} was encoded by another model; encode its edits again")
+        if len(requests) != len(pool):
+            raise ValueError(f"{folder}: pool.json lists {len(requests)} edits, pool.safetensors holds {len(pool)}")
+        return cls(model, requests, pool)
+
+
+class GistEditor(Editor):
+    """The editor of a trained gist model.
+
+    Full training changes the model itself, so the model that answers is the editor's own; the backbone that is passed to
+    `edit` must be of the same kind, and stays untouched.
+    """
+
+    name = "incomes"
+
+    def __init__(self, model: GistModel) -> None:
+        self.model = model
+
+    @contextmanager
+    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[GistEdited]:
+        own = self.model.backbone
+        if backbone.model.config.model_type != own.model.config.model_type or len(backbone.tokenizer) != len(own.tokenizer):
+            raise ValueError(
+                f"this editor was trained on {own.config.source!r} ({own.model.config.model_type}); it cannot edit "
+                f"{backbone.config.source!r} ({backbone.model.config.model_type})"
+            )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield GistEdited(self.model, [], GistPool()).add(requests)
+        finally:
+            self.model.train(was_training)
+
+
+@torch.no_grad()
+def encode_edits(model: GistModel, requests: Sequence[EditRequest], chunk: int = 256) -> GistPool:
+    """Encode edits, a chunk at a time, equal lengths together; the pool is in the order of the requests."""
+    tokenizer = model.backbone.tokenizer
+    rows = [encode(tokenizer, "", r.statement).ids for r in requests]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts = []
+    for at in range(0, len(order), chunk):
+        ids, mask = pad([rows[i] for i in order[at : at + chunk]], pad_id(tokenizer))
+        parts.append(model.compress(ids.to(model.backbone.device), mask.to(model.backbone.device)))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return GistPool.join(parts).keep(back)

@@ -1,0 +1,75 @@
+"""Selection as published: the layer's own queries against the gists' keys (InComeS, arXiv 2505.22156, section 3.2).
+
+B rows, T tokens, N gists in the pool, H query heads, K key-value heads, D head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.gist.pool import LayerGists
+
+HIDDEN = -1e9  # a logit that is never chosen; finite, for the gradient of a logsumexp over -inf is NaN
+
+
+class GistSelector(nn.Module):
+    """One layer's cross-attention over gists and the zero-gist, whose key is learned and whose value is zero.
+
+    Logits are q.k / sqrt(D) per head, the queries rotated to their positions. One softmax over gists only, apart from
+    the self-attention's, whose output this one's is added to.
+
+    Args:
+        zero_gist: without it every token must read some gist (ablation of the paper's table 6).
+    """
+
+    def __init__(self, key_value_heads: int, head_dim: int, zero_gist: bool = True) -> None:
+        super().__init__()
+        self.zero_gist = zero_gist
+        # standard normal, as released; GistModel.calibrate offers the mean query instead
+        self.zero_key = nn.Parameter(torch.randn(key_value_heads, head_dim), requires_grad=zero_gist)
+
+    def forward(
+        self,
+        query: Tensor,
+        gists: LayerGists,
+        visible: Tensor | None = None,
+        scaling: float | None = None,
+        temperature: float = 1.0,
+        scope: Tensor | None = None,
+        trace: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What each token reads from the pool.
+
+        Args:
+            query: the layer's rotated queries [B, H, T, D].
+            visible: which gists a row may see [B, N], bool; None: all.
+            scaling: the layer's own factor on logits; 1/sqrt(D) by default.
+            temperature: divides the logits.
+            scope: log-probabilities by which a matcher prefers gists [B, T, N + 1], added to the logits.
+            trace: also return the probabilities, which costs a [B, H, T, N + 1] tensor.
+
+        Returns:
+            output [B, T, H, D], and with `trace` the log of the probabilities' mean over heads [B, T, N + 1], the
+            zero-gist last.
+        """
+        keys = torch.cat([gists.keys, self.zero_key[None].to(gists.keys)])  # [N + 1, K, D]
+        values = torch.cat([gists.values, torch.zeros_like(gists.values[:1])])
+        b, h, t, width = query.shape
+        scale = (scaling or width**-0.5) / temperature
+        seen = torch.ones(1, len(gists), dtype=torch.bool, device=query.device) if visible is None else visible
+        seen = F.pad(seen, (0, 1), value=self.zero_gist)  # [B or 1, N + 1]
+        if not trace:
+            k = keys.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)  # [B, K, N + 1, D]
+            v = values.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)
+            mask = None if visible is None and self.zero_gist else seen[:, None, None].expand(b, 1, t, -1)
+            if scope is not None:
+                mask = scope[:, None].clamp(min=HIDDEN).to(query)
+            out = F.scaled_dot_product_attention(query, k, v, mask, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2), None
+        grouped = query.unflatten(1, (keys.shape[1], -1))  # [B, K, G, T, D]: the heads of a group share keys
+        logits = torch.einsum("bkgtd,nkd->bkgtn", grouped.float(), keys.float()) * scale
+        if scope is not None:
+            logits = logits + scope[:, None, None]
+        logp = F.log_softmax(logits.masked_fill(~seen[:, None, None, None], HIDDEN), dim=-1)
+        out = torch.einsum("bkgtn,nkd->btkgd", logp.exp().to(values), values).flatten(2, 3)
+        return out, torch.logsumexp(logp.flatten(1, 2), dim=1) - torch.log(torch.tensor(float(h)))

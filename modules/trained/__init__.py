@@ -1,0 +1,1 @@
+"""Editors that are trained: one LightningModule each."""

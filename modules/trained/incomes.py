@@ -1,0 +1,415 @@
+"""InComeS: compress every edit into a gist, let tokens select among gists, learn both from a teacher that reads the edit.
+
+Paper: arXiv 2505.22156; where the released code differs, a switch says so. B queries, T tokens, n scored tokens, N edits.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.records import EditRecord
+from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, load_backbone, load_tokenizer
+from modules.evaluation import Originals, evaluate_pool
+from modules.gist.batch import GistBatch, GistCollator, QueryConfig
+from modules.gist.calibration import calibrate
+from modules.gist.editor import GistEditor
+from modules.gist.model import GistConfig, GistModel
+from modules.losses import edit_sensitivity, head_of, mean_per_row, token_ce_and_kl, token_log_probs, weighted_mean
+from modules.metrics import EditMetrics
+from modules.training_free.icl import Unedited
+
+
+@dataclass
+class LossConfig:
+    """The terms of the loss (paper, eq. 1-3 and C.4). Each is a mean over a query's tokens, then over queries, so that
+    the same records give the same update however they are split into pools, micro-batches and ranks.
+
+    Args:
+        ce_weight: of the cross-entropy weighted by edit sensitivity.
+        kl_weight: of KL(teacher || student); 0 switches the distillation off (paper, table 6).
+        golden_weight: of -log p(right gist) at the tokens that predict the answer, the zero-gist being right out of
+            scope; 0 as published, 0.05 in the paper's ablation.
+        weighted: weight the cross-entropy by edit sensitivity (off: every token counts 1; paper, table 6).
+        weight_scale: on the sensitivity; 1 in the paper, 0.5 in the released code.
+        ce_on: `answer` tokens (released code) or `all` text tokens (paper, C.4).
+        kl_on: `all` text tokens (released code) or `answer` tokens.
+        chunk: tokens whose logits exist at one time.
+    """
+
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    golden_weight: float = 0.0
+    weighted: bool = True
+    weight_scale: float = 1.0
+    ce_on: Literal["answer", "all"] = "answer"
+    kl_on: Literal["answer", "all"] = "all"
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("ce_weight", "kl_weight", "golden_weight", "weight_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.loss.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, linear warm-up, cosine decay to a floor (paper, appendix A).
+
+    Args:
+        lr: peak rate of the language model's parameters.
+        selection_lr: peak rate of the gist token and of selection; `lr` where None.
+        min_lr_share: the floor, as a share of the peak.
+        warmup_steps, decay_steps: in optimizer steps; decay_steps None: the trainer's max_steps.
+    """
+
+    lr: float = 1e-5
+    selection_lr: float | None = None
+    min_lr_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 300
+    decay_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or (self.selection_lr is not None and self.selection_lr <= 0):
+            raise ValueError(f"model.optimizer.lr and selection_lr must be positive, got {self.lr}, {self.selection_lr}")
+
+    def share(self, step: int, decay_steps: int) -> float:
+        """The rate at a step, as a share of its peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, decay_steps - self.warmup_steps))
+        return self.min_lr_share + (1 - self.min_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class LoraOptions:
+    """Low-rank adapters on the active layers (`train: lora`)."""
+
+    rank: int = 16
+    alpha: int = 32
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+
+
+class InComeS(L.LightningModule):
+    """The trained editor of arXiv 2505.22156.
+
+    Args:
+        backbone: the language model to edit.
+        gist: compression and selection.
+        queries: what a record asks in training.
+        loss: the loss terms.
+        optimizer: rates and schedule.
+        train: what of the language model is trained: `full`, all of it (published); `upper`, the layers that take part
+            and those above them; `lora`, adapters on them, the teacher being the same model with its adapters off.
+        reader: which model answers queries. `student`: the one that compresses (published). `original`: the unedited
+            model, reading the gists that the student wrote; ours. A query that reads nothing then has exactly the
+            original's answer, so what is trained cannot cost locality by drifting.
+        lora: the adapters' size.
+        teacher_dtype: of the frozen teacher; the backbone's where None. Ignored with `train: lora`.
+        visible_warmup_steps: over these steps the share of the pool that a query sees grows from its own gist to all.
+        calibration_records: how many training records set where selection starts; 0: none.
+        calibration_steps: of fitting the matcher (selection: hidden).
+        gradient_checkpointing: recompute activations in the backward pass.
+        exact_match: also validate by generation.
+        seed: of the model's own draws.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        gist: GistConfig | None = None,
+        queries: QueryConfig | None = None,
+        loss: LossConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        train: Literal["full", "upper", "lora"] = "full",
+        reader: Literal["student", "original"] = "student",
+        lora: LoraOptions | None = None,
+        teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        visible_warmup_steps: int = 0,
+        calibration_records: int = 0,
+        calibration_steps: int = 200,
+        gradient_checkpointing: bool = False,
+        exact_match: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone_config = backbone
+        self.gist_config = gist or GistConfig()
+        self.queries = queries or QueryConfig()
+        self.loss = loss or LossConfig()
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.train_part = train
+        self.reader: Literal["student", "original"] = reader
+        self.lora = lora or LoraOptions()
+        self.teacher_dtype = teacher_dtype
+        self.visible_warmup_steps = visible_warmup_steps
+        self.calibration_records = calibration_records
+        self.calibration_steps = calibration_steps
+        self.gradient_checkpointing = gradient_checkpointing
+        self.exact_match = exact_match
+        self.seed = seed
+        self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
+        self.model: GistModel | None = None
+        self._outside: dict[str, Any] = {}  # what must be neither trained, sharded nor saved: the teacher
+        self.metrics = EditMetrics(prefix="val/")
+
+    # ------------------------------------------------------------------ building
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.backbone_config)
+
+    def collator(self) -> GistCollator:
+        """How the DataModule's slots become batches."""
+        return GistCollator(self.tokenizer, self.queries)
+
+    @property
+    def gists(self) -> GistModel:
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load the backbone, put the teacher aside, choose what is trained, calibrate selection."""
+        if self.model is not None:
+            return
+        backbone = load_backbone(self.backbone_config, self.tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if self.train_part != "lora":
+                teacher = copy.deepcopy(backbone.model)
+                if self.teacher_dtype:
+                    teacher.to(getattr(torch, self.teacher_dtype))
+                self._outside["teacher"] = teacher
+            self.model = GistModel(backbone, self.gist_config, self._original_reader(backbone))
+            self._unfreeze(self.model)
+        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        if datamodule is not None and self.calibration_records and hasattr(datamodule, "calibration_records"):
+            rank_zero_info(f"calibrating selection on {self.calibration_records} training records ...")
+            records = datamodule.calibration_records(self.calibration_records)
+            calibrate(self.model, records, self.seed, self.calibration_steps)
+        if self.gradient_checkpointing:
+            if backbone.model.config.model_type == "gptj" or (self.train_part == "lora" and self.reader == "original"):
+                raise ValueError(
+                    "model.gradient_checkpointing is not supported on GPT-J, nor with train: lora and reader: original "
+                    "(a layer that is run again must find its adapters as they were); switch it off"
+                )
+            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _original_reader(self, backbone: Backbone) -> Backbone | None:
+        if self.reader == "student":
+            return None
+        if self.train_part == "lora":
+            return WithoutAdapters(backbone.model, backbone.tokenizer, backbone.config)
+        return Backbone(self._outside["teacher"], backbone.tokenizer, backbone.config)
+
+    def adapter_config(self) -> LoraConfig:
+        """peft's description of the adapters (`train: lora`)."""
+        return LoraConfig(
+            r=self.lora.rank,
+            lora_alpha=self.lora.alpha,
+            target_modules=self.lora.targets,
+            layers_to_transform=list(self.gists.active),
+            layers_pattern=self.gists.backbone.parts.layers.split(".")[-1],
+        )
+
+    def _unfreeze(self, model: GistModel) -> None:
+        language_model, layers = model.language_model, model.backbone.layers
+        if self.train_part == "full":
+            language_model.requires_grad_(True)
+        elif self.train_part == "upper":
+            for i in model.active:
+                layers[i].requires_grad_(True)
+            if self.reader == "student":  # compression never reaches the last norm
+                language_model.get_submodule(model.backbone.parts.norm).requires_grad_(True)
+        else:
+            inject_adapter_in_model(self.adapter_config(), language_model)
+            for name, p in language_model.named_parameters():
+                p.requires_grad_("lora_" in name)
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._outside.get("teacher") or self.gists.language_model
+
+    @contextmanager
+    def teaching(self) -> Iterator[nn.Module]:
+        """The original model: the frozen copy, or the student with its adapters off."""
+        student_trains = self.gists.language_model.training
+        with adapters_off(self.gists.language_model):
+            self.teacher.eval()
+            yield self.teacher
+        self.gists.language_model.train(student_trains)
+
+    def editor(self) -> GistEditor:
+        """This module as an editor (contract of modules/editor.py)."""
+        return GistEditor(self.gists)
+
+    @contextmanager
+    def original(self) -> Iterator[Backbone]:
+        """The unedited model as a backbone: what locality is measured against."""
+        with self.teaching() as model:
+            yield Backbone(model, self.tokenizer, self.backbone_config)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        if "teacher" in self._outside:
+            self._outside["teacher"].to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        self.gists.language_model.train()
+
+    def training_step(self, batch: GistBatch, batch_idx: int) -> Tensor:
+        parts = self.losses(batch, self.visible(batch))
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch), sync_dist=True
+        )
+        self.log("train/loss", parts["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch))
+        return parts["loss"]
+
+    def visible(self, batch: GistBatch) -> Tensor:
+        """Which edits each query sees [B, N]: its pool, or in the warm-up its own edit and a growing share of the others."""
+        step, steps = self.global_step, self.visible_warmup_steps
+        if step >= steps:
+            return batch.visible
+        draw = torch.Generator().manual_seed(hash((self.seed, step)) % 2**63)
+        others = torch.rand(batch.visible.shape, generator=draw).to(batch.visible.device) < step / steps
+        own = torch.arange(batch.visible.shape[1], device=batch.visible.device)[None] == batch.golden[:, None]
+        return batch.visible & (others | own)
+
+    def losses(self, batch: GistBatch, visible: Tensor) -> dict[str, Tensor]:
+        """The loss and its parts for one micro-batch. Positions: the token at i is predicted at i - 1."""
+        config, model = self.loss, self.gists
+        everywhere = batch.queries_mask.bool()
+        wanted = everywhere if "all" in (config.ce_on, config.kl_on) else batch.answer
+        wanted = wanted.clone()
+        wanted[:, 0] = False  # nothing predicts the first token
+        row, at = wanted.nonzero(as_tuple=True)  # [n]
+        answer = batch.answer[row, at]
+        labels = batch.queries[row, at]
+        in_scope = (batch.golden >= 0)[row]
+
+        teacher_h, with_h, head = self._teach(batch, row, at, in_scope)
+        weights = torch.ones(len(row), device=labels.device)
+        if config.weighted:
+            gain = token_log_probs(with_h, head, labels[in_scope], config.chunk)
+            gain = edit_sensitivity(
+                gain, token_log_probs(teacher_h[in_scope], head, labels[in_scope], config.chunk), config.weight_scale
+            )
+            weights = torch.zeros_like(weights).masked_scatter(in_scope, gain.to(weights))
+        weights = weights * in_scope * (answer if config.ce_on == "answer" else 1)
+        teacher_h = teacher_h.masked_scatter(in_scope[:, None], with_h)  # in scope the teacher has read the edit
+
+        trace: dict[int, Tensor] | None = {} if config.golden_weight else None
+        pool = model.compress(batch.edits, batch.edits_mask)
+        out, _ = model(batch.queries, batch.queries_mask, pool, visible, trace=trace)
+        h = out.last_hidden_state[row, at - 1]  # [n, d]
+        ce, kl = token_ce_and_kl(h, head_of(model.language_model), labels, teacher_h.to(h), head, config.chunk)
+
+        queries = len(batch)
+        kl_at = answer if config.kl_on == "answer" else torch.ones_like(answer)
+        parts = {
+            "weighted_ce": weighted_mean(ce, weights, row, queries).mean(),
+            "kl": mean_per_row(kl[kl_at], row[kl_at], queries).mean(),
+        }
+        loss = config.ce_weight * parts["weighted_ce"] + config.kl_weight * parts["kl"]
+        if trace:
+            parts |= self._golden(batch, trace, row[answer], at[answer] - 1)
+            loss = loss + config.golden_weight * (parts["golden"] + parts["zero"])
+        return {"loss": loss, **parts}
+
+    @torch.no_grad()
+    def _teach(self, batch: GistBatch, row: Tensor, at: Tensor, in_scope: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """The teacher's states where the scored tokens are predicted: without an edit [n, d], with it [in scope, d]."""
+        with self.teaching() as teacher:
+            mask = block_mask(batch.teacher_blocks, next(teacher.parameters()).dtype)
+            states = teacher.base_model(  # type: ignore[operator]
+                input_ids=batch.teacher, attention_mask=mask, position_ids=batch.teacher_positions, use_cache=False
+            ).last_hidden_state
+            alone = states[row, batch.alone[row] + at - 1]
+            with_edit = states[row, batch.with_edit[row] + at - 1][in_scope]
+            return alone, with_edit, head_of(teacher)
+
+    def _golden(self, batch: GistBatch, trace: dict[int, Tensor], row: Tensor, at: Tensor) -> dict[str, Tensor]:
+        """-log p(right gist) in scope and -log p(zero-gist) out of it, each a mean over queries, averaged over layers."""
+        golden = batch.golden[row]
+        logp = list({id(t): t for t in trace.values()}.values())  # one tensor where all layers share a choice
+        picked = torch.stack([t[row, at].gather(1, (golden % t.shape[2])[:, None])[:, 0] for t in logp]).mean(0)
+        missed = mean_per_row(-picked.clamp(min=-20.0), row, len(batch))  # [B]; -1 % (N + 1) is the zero-gist
+        inside = batch.golden >= 0
+        return {"golden": (missed * inside).mean(), "zero": (missed * ~inside).mean()}
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        selection = [
+            p for n, p in self.gists.named_parameters() if p.requires_grad and not n.startswith("language_model.")
+        ]
+        language = [p for p in self.gists.language_model.parameters() if p.requires_grad]
+        groups = [
+            {"params": language, "lr": config.lr},
+            {"params": selection, "lr": config.selection_lr or config.lr},
+        ]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay
+        )
+        steps = config.decay_steps or self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.share(step, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: list[EditRecord], batch_idx: int) -> None:
+        """One pool of validation records, by the same protocols as `trainers.evaluate`."""
+        with self.original() as backbone, Unedited().edit(backbone, []) as original:
+            originals = self._outside.setdefault("originals", Originals())
+            originals.fill(original, batch, self.exact_match)
+        with self.editor().edit(self.gists.backbone, [r for record in batch for r in record.requests]) as edited:
+            self.metrics.update(evaluate_pool(edited, originals, batch, self.exact_match))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.metrics.compute())
+        self.metrics.reset()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def trained_names(self) -> set[str]:
+        """What a checkpoint holds: trained parameters, and the statistics that selection starts from."""
+        names = {n for n, p in self.named_parameters() if p.requires_grad}
+        return names | {n for n, _ in self.named_buffers() if n.startswith("model.matcher.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = self.trained_names()
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.configure_model()
+        missing = sorted(self.trained_names() - set(checkpoint["state_dict"]))
+        extra = sorted(set(checkpoint["state_dict"]) - self.trained_names())
+        if missing or extra:
+            raise ValueError(
+                f"the checkpoint does not fit this configuration: {len(missing)} trained tensors are missing "
+                f"({', '.join(missing[:3])}), {len(extra)} are unknown ({', '.join(extra[:3])}). Use the config.yaml "
+                f"that lies beside the checkpoint."
+            )
+
+
+def block_mask(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Causal attention within blocks: block numbers [B, T] -> additive mask [B, 1, T, T]; every token sees itself."""
+    t = blocks.shape[1]
+    causal = torch.ones(t, t, dtype=torch.bool, device=blocks.device).tril()
+    itself = torch.eye(t, dtype=torch.bool, device=blocks.device)
+    seen = ((blocks[:, :, None] == blocks[:, None, :]) & causal) | itself
+    return torch.zeros(seen.shape, dtype=dtype, device=blocks.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,140 @@
+"""Sources: files to one Arrow data set, its cache, its mixture and its errors."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+
+from datamodules.records import EditRecord, EditRequest
+from datamodules.schedule import Place
+from datamodules.sources import RecordDataset, Source, keep, load
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def record(i: int, name: str = "r") -> EditRecord:
+    return EditRecord(f"{name}{i}", (EditRequest(f"The capital of {i} is", f"City {i}", f"{i}"),))
+
+
+def write(path: Path, count: int, name: str = "r") -> str:
+    path.write_text("\n".join(record(i, name).to_json() for i in range(count)))
+    return str(path)
+
+
+def ids(data: RecordDataset) -> list[str]:
+    return [r.id for r in data.records(range(len(data)))]
+
+
+def arrow_files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.arrow"))
+
+
+def test_records_come_back_as_they_were_and_as_slots(tmp_path: Path) -> None:
+    data = load([Source("records", write(tmp_path / "a.jsonl", 5))], str(tmp_path / "cache"))
+    assert data.record(3) == record(3)
+    places = [Place(4, 0, 7), Place(1, 1, 8)]
+    assert data.__getitems__(places) == [data[p] for p in places]
+    assert data[places[0]] == (record(4), 0, 7)
+    assert RecordDataset.from_records([record(i) for i in range(5)]).record(3) == record(3)
+
+
+def test_sources_follow_each_other(tmp_path: Path) -> None:
+    sources = [
+        Source("records", write(tmp_path / "a.jsonl", 3, "a"), weight=1),
+        Source("records", write(tmp_path / "b.jsonl", 4, "b"), weight=2, limit=2),
+    ]
+    data = load(sources, str(tmp_path / "cache"))
+    assert ids(data) == ["a0", "a1", "a2", "b0", "b1"]
+    assert (data.lengths, data.weights) == ([3, 2], [1, 2])
+
+
+def test_cache_is_used_again_and_renewed_when_the_file_changes(tmp_path: Path) -> None:
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    source = Source("records", write(path, 3))
+    load([source], str(cache))
+    first = arrow_files(cache)
+    assert len(first) == 1
+    written = next(iter(first)).stat().st_mtime_ns
+    assert ids(load([source], str(cache))) == ["r0", "r1", "r2"]
+    assert arrow_files(cache) == first
+    assert next(iter(first)).stat().st_mtime_ns == written
+
+    stat = path.stat()
+    write(path, 3, "s")  # as long as before, so that the time alone tells
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert ids(load([source], str(cache))) == ["s0", "s1", "s2"]
+    assert ids(load([Source("records", str(path), limit=1)], str(cache))) == ["s0"]
+
+
+def test_the_filter_is_told_and_cached(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = tmp_path / "cache"
+    files = [Source("records", write(tmp_path / f"{n}.jsonl", 6, n)) for n in "ab"]
+    data = load(files, str(cache))
+    with caplog.at_level("INFO"):
+        kept = keep(data, short, "train")
+    assert ids(kept) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert kept.lengths == [3, 3]
+    assert "left out 6 of 12 records longer than the limits (train)" in caplog.text
+    before = arrow_files(cache)
+    assert ids(keep(load(files, str(cache)), short, "train")) == ids(kept)
+    assert arrow_files(cache) == before
+    with pytest.raises(ValueError, match=r"all 12 records are longer than the limits \(val\)"):
+        keep(data, lambda r: False, "val")
+
+
+def short(record: EditRecord) -> bool:
+    return int(record.id[1:]) < 3
+
+
+def test_a_relative_path_is_looked_for_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, data = tmp_path / "here", tmp_path / "data"
+    here.mkdir()
+    data.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("PALIMPSEST_DATA", raising=False)
+    source = Source("records", "a.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl .*here.*PALIMPSEST_DATA.* is not set"):
+        source.located()
+    monkeypatch.setenv("PALIMPSEST_DATA", str(data))
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl .*here and in .*data"):
+        source.located()
+    write(data / "a.jsonl", 1)
+    assert source.located() == data / "a.jsonl"
+    write(here / "a.jsonl", 1)
+    assert source.located() == here / "a.jsonl"
+    assert Source("hub", "some/name").located() is None
+
+
+def test_a_malformed_record_is_the_readers_error_or_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [json.loads(record(i).to_json()) for i in range(3)]
+    rows[1]["requests"] = []
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"a\.jsonl, record 1 .*has no edit request"):
+        load([Source("records", str(path))], str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="skipped 1 of 3"):
+        data = load([Source("records", str(path), on_error="skip")], str(tmp_path / "cache"))
+    assert ids(data) == ["r0", "r2"]
+
+
+def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown format 'fact'; known formats: .*facts"):
+        Source("fact")
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        Source("facts", limit=0)
+    with pytest.raises(ValueError, match="weight must be positive"):
+        Source("facts", weight=0)
+    with pytest.raises(ValueError, match="no source is given"):
+        load([])
+    with pytest.raises(ValueError, match=r"every source a weight, or none; without a weight: zsre b\.json"):
+        load([Source("facts", weight=1), Source("zsre", "b.json")])
+    with pytest.raises(ValueError, match="unexpected keyword argument 'spilt'"):
+        load([Source("facts", options={"spilt": "val"})], str(tmp_path / "cache"))

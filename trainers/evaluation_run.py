@@ -1,0 +1,99 @@
+"""Evaluate several editors at several pool sizes: a progress bar, one JSON file, one table."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from datamodules.records import EditRecord
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor
+from modules.evaluation import Answers, evaluate, split_pools
+from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
+
+log = logging.getLogger(__name__)
+
+
+def run_evaluation(
+    editors: Sequence[Editor],
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    pool_sizes: Sequence[int],
+    exact_match: bool,
+    out: Path,
+    progress: bool = True,
+    data: str = "",
+    seed: int = 0,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    console: Console | None = None,
+) -> Report:
+    """Evaluate every editor at every pool size, write the report to `out`, print the table.
+
+    The file is written anew after each editor and pool size, so a run that is stopped keeps what it has. An editor that
+    fails at one pool size (in-context learning beyond the context window) is marked there with the reason, and the run
+    goes on; `trainers.report.failures` lists the marks. Pool sizes above the number of records become that number.
+
+    Args:
+        data, seed: see `trainers.report.new_report`.
+        batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
+
+    Raises:
+        ValueError: for no editors, records or pool sizes, a pool size below 1, or two editors of one name.
+    """
+    _check(editors, records, pool_sizes)
+    sizes = list(dict.fromkeys(min(size, len(records)) for size in pool_sizes))
+    if sizes != list(pool_sizes):
+        log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
+    console = console or Console()
+    report = new_report(backbone, records, sizes, data, seed)
+    originals = Answers(Edited(backbone))
+    work = {size: len(records) - split_pools(records, size)[1] for size in sizes}
+    with _bar(console, enabled=progress) as bar:
+        task = bar.add_task("", total=len(editors) * sum(work.values()))
+        ends = 0
+        for editor in editors:
+            for size in sizes:
+                bar.update(task, description=f"{editor.name}, {size} edits")
+                ends += work[size]
+                try:
+                    evaluation = evaluate(
+                        editor,
+                        backbone,
+                        records,
+                        size,
+                        exact_match=exact_match,
+                        batch_size=batch_size,
+                        max_new_tokens=max_new_tokens,
+                        seed=seed,
+                        originals=originals,
+                        progress=lambda n: bar.advance(task, n),
+                    )
+                except Exception as error:  # whatever one editor does, the others' hours of work go on
+                    log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)
+                    add_failure(report, editor.name, size, f"{type(error).__name__}: {error}")
+                else:
+                    add_evaluation(report, evaluation)
+                bar.update(task, completed=ends)
+                write_json(out, report)
+    print_table(report, console)
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
+    if not editors or not records or not pool_sizes or min(pool_sizes) < 1:
+        raise ValueError(
+            f"needs editors, records and pool sizes of at least 1; got {len(editors)} editors, {len(records)} records, "
+            f"pool sizes {list(pool_sizes)}"
+        )
+    names = [editor.name for editor in editors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"editors need different names, since results are filed by name; got {', '.join(names)}")
+
+
+def _bar(console: Console, enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    return Progress(*columns, console=console, transient=True, disable=not enabled or not console.is_terminal)

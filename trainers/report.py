@@ -1,0 +1,203 @@
+"""Results as one JSON file, and as a table for the terminal and for a README.
+
+A report is {"meta", "aggregate", "runs", "records"}; the last three are by editor and then by pool size (as text):
+    meta        when, how and on what it was measured, with the definition of every metric
+    aggregate   {metric: {value, ci, records}}, or {"error": reason} where the editor failed
+    runs        seconds for editing and answering, settings, and what was left out
+    records     per-record results in EasyEdit's shape
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from datamodules.records import EditRecord
+from modules.backbone import Backbone
+from modules.evaluation import Evaluation
+from modules.metrics import PROTOCOLS
+
+Report = dict[str, Any]
+
+# metric, title, short title where the exact matches stand beside it
+COLUMNS = (
+    ("reliability/token_accuracy", "Reliability", "Rel."),
+    ("generality/token_accuracy", "Generality", "Gen."),
+    ("locality/token_agreement", "Locality", "Loc."),
+    ("portability/token_accuracy", "Portability", "Port."),
+    ("multi_hop/token_accuracy_max", "Multi-hop", "Hops"),
+    ("reliability/exact_match", "Rel. EM", "Rel. EM"),
+    ("generality/exact_match", "Gen. EM", "Gen. EM"),
+    ("locality/exact_match", "Loc. EM", "Loc. EM"),
+    ("portability/exact_match", "Port. EM", "Port. EM"),
+    ("multi_hop/exact_match", "Hops EM", "Hops EM"),
+)
+LEGEND = (
+    "Percent, means over records. Teacher-forced token accuracy; locality: agreement with the unedited model; "
+    "multi-hop: best question and alias."
+)
+EXACT_LEGEND = " EM: exact match of the greedy answer."
+
+
+def new_report(
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    pool_sizes: Sequence[int],
+    data: str = "",
+    seed: int = 0,
+    command: str | None = None,
+) -> Report:
+    """A report without results.
+
+    Args:
+        data: what the records are, in words.
+        seed: of the data and of the bootstrap.
+        command: the command line; this process's own by default.
+    """
+    meta = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command or _command_line(),
+        "data": data,
+        "records": len(records),
+        "edits": sum(len(record.requests) for record in records),
+        "mode": "batch",
+        "pool_sizes": list(pool_sizes),
+        "backbone": asdict(backbone.config),
+        "seed": seed,
+        "versions": {name: _version(name) for name in ("palimpsest", "torch", "transformers", "lightning")},
+        "protocols": PROTOCOLS,
+    }
+    return {"meta": meta, "aggregate": {}, "runs": {}, "records": {}}
+
+
+def add_evaluation(report: Report, evaluation: Evaluation) -> None:
+    """Put one editor's results at one pool size into the report."""
+    run = {"edit_seconds": evaluation.edit_seconds, "answer_seconds": evaluation.answer_seconds}
+    _put(report, "aggregate", evaluation.editor, evaluation.pool_size, evaluation.aggregates)
+    _put(report, "runs", evaluation.editor, evaluation.pool_size, run | evaluation.settings)
+    _put(report, "records", evaluation.editor, evaluation.pool_size, evaluation.records)
+
+
+def add_failure(report: Report, editor: str, pool_size: int, reason: str) -> None:
+    """Mark one editor at one pool size as failed."""
+    _put(report, "aggregate", editor, pool_size, {"error": reason})
+
+
+def failures(report: Report) -> list[tuple[str, int, str]]:
+    """(editor, pool size, reason) of every cell that failed."""
+    return [(editor, size, cell["error"]) for editor, size, cell in _cells(report) if "error" in cell]
+
+
+def write_json(path: Path, report: Report) -> None:
+    """Write the report so that the file is whole at any time: to a temporary file beside it, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n"
+    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def print_table(report: Report, console: Console | None = None) -> None:
+    """Print the table, its legend and the failures. Where the output is no terminal, rich leaves out all styling."""
+    console = console or Console()
+    columns = _columns(report)
+    exact = _has_exact_match(columns)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("Editor", overflow="fold")
+    table.add_column("Edits", justify="right", no_wrap=True)
+    for _, title in columns:
+        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+    for editor, size, values in _rows(report, columns):
+        table.add_row(editor, str(size), *(Text(text, style="bold" if best else "") for text, best in values))
+    console.print(table)
+    console.print(LEGEND + (EXACT_LEGEND if exact else ""), style="dim", highlight=False)
+    for editor, size, reason in failures(report):
+        console.print(Text(f"{editor} failed with pools of {size}: {reason}", style="red"))
+
+
+def markdown_table(report: Report) -> str:
+    """The same table in Markdown, with the legend below it."""
+    columns = _columns(report)
+    heads = ["Editor", "Edits", *(title for _, title in columns)]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for editor, size, values in _rows(report, columns):
+        lines.append([editor, str(size), *(f"**{text}**" if best else text for text, best in values)])
+    legend = LEGEND + (EXACT_LEGEND if _has_exact_match(columns) else "")
+    notes = [f"{editor} failed with pools of {size}: {reason}" for editor, size, reason in failures(report)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", legend, *notes]) + "\n"
+
+
+def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str, int, list[tuple[str, bool]]]]:
+    """(editor, pool size, [(text, is the best at this pool size)]) in the report's order."""
+    best: dict[tuple[int, str], float] = {}
+    for editor, size, cell in _cells(report):
+        for metric, _ in columns:
+            if metric in cell and not _is_reference(report, editor, size):
+                value = round(cell[metric]["value"], 3)  # as shown: equal figures are equally good
+                best[size, metric] = max(value, best.get((size, metric), 0.0))
+    rows = []
+    for editor, size, cell in _cells(report):
+        values = []
+        for metric, _ in columns:
+            value = round(cell[metric]["value"], 3) if metric in cell else None
+            top = value == best.get((size, metric)) and not _is_reference(report, editor, size)
+            values.append(("-", False) if value is None else (f"{100 * value:.1f}", top))
+        rows.append((editor, size, values))
+    return rows
+
+
+def _is_reference(report: Report, editor: str, size: int) -> bool:
+    """The unedited model and upper bounds are there to compare with, not to win."""
+    return editor == "unedited" or report["runs"].get(editor, {}).get(str(size), {}).get("own_edit_only", False)
+
+
+def _columns(report: Report) -> list[tuple[str, str]]:
+    present = {metric for _, _, cell in _cells(report) for metric in cell}
+    exact = any(metric.endswith("/exact_match") for metric in present)
+    return [(metric, short if exact else title) for metric, title, short in COLUMNS if metric in present]
+
+
+def _has_exact_match(columns: Sequence[tuple[str, str]]) -> bool:
+    return any(metric.endswith("/exact_match") for metric, _ in columns)
+
+
+def _cells(report: Report) -> list[tuple[str, int, dict[str, Any]]]:
+    return [(editor, int(n), cell) for editor, sizes in report["aggregate"].items() for n, cell in sizes.items()]
+
+
+def _put(report: Report, part: str, editor: str, pool_size: int, value: Any) -> None:
+    report[part].setdefault(editor, {})[str(pool_size)] = value
+
+
+def _command_line() -> str:
+    """This process's command, with `python -m MODULE` where it was started that way."""
+    module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
+    start = ["python", "-m", module.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
