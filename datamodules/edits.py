@@ -114,29 +114,30 @@ class EditDataModule(L.LightningDataModule):
         self.val_pool, self.val_records = val_pool, val_records
         self.seed, self.num_workers, self.cache_dir = seed, num_workers, cache_dir
         self._train: RecordDataset | None = None
+        self._prepared: RecordDataset | None = None
         self._recipe: dict[str, int] = {}  # what the order of the records depends on besides the step
         self._recipe_then: dict[str, int] = {}  # that of the checkpoint
         self._warn_of_ignored()
 
     def prepare_data(self) -> None:
         """Build the Arrow cache on one process, so that the other ranks find it."""
-        fitting = self.trainer is None or self.trainer.state.fn == "fit"
-        if fitting:
-            train = load(self.train, self.cache_dir)
-            if self.trainer is not None:
-                train.where(self._collator().fits, self.num_workers)
+        if self.trainer is None:
+            load(self.train, self.cache_dir)
+        elif self.trainer.state.fn == "fit":
+            self._prepared = self._training_records()
         for sources in (self.val, self.test):
             if sources:
                 load(sources, self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            train = load(self.train, self.cache_dir)
-            self._train = keep(train, self._collator().fits, "train", self.num_workers)
-            rank_zero_info(f"train: {len(self._train):,} records from {', '.join(s.name for s in self.train)}")
-            trainer = cast(Any, self._attached())
-            if not any(isinstance(c, _LoadAfterRestore) for c in trainer.callbacks):
-                trainer.callbacks.insert(0, _LoadAfterRestore())
+        if stage != "fit":
+            return
+        # not filtered twice: a tokenizer that was used may not be found in the cache again
+        self._train, self._prepared = self._prepared or self._training_records(), None
+        rank_zero_info(f"train: {len(self._train):,} records from {', '.join(s.name for s in self.train)}")
+        callbacks = cast(Any, self._attached()).callbacks
+        if not any(isinstance(c, _LoadAfterRestore) for c in callbacks):
+            callbacks.insert(0, _LoadAfterRestore())
 
     def train_dataloader(self) -> ScheduledLoader:
         trainer = self._attached()
@@ -202,6 +203,9 @@ class EditDataModule(L.LightningDataModule):
             raise ValueError("no test sources are configured; set `test` of the data module")
         data = load(self.test, self.cache_dir)
         return data.records(range(len(data)))
+
+    def _training_records(self) -> RecordDataset:
+        return keep(load(self.train, self.cache_dir), self._collator().fits, "train", self.num_workers)
 
     def _pools(self, records: list[EditRecord], what: str) -> DataLoader:
         """This rank's pools, the same number on every rank (unequal numbers of forwards would hang ZeRO-3)."""
@@ -292,7 +296,7 @@ def _align(fit: Any, steps: int, epochs_done: int, in_epoch: int, epoch: int) ->
     - inside an accumulation: its gradients are lost, so the step is to be done again from its first micro-batch;
     - with another accumulation, as when a run goes on with other ranks: its micro-batches were of another size;
     - at the end of an epoch of a run with `max_steps`: Lightning would take a batch more for the finished epoch;
-    - at the end of a run that `max_steps` stopped: Lightning holds its last epoch for finished.
+    - at the end of a run that was stopped within an epoch: Lightning holds that epoch for finished.
     """
     batches, epochs = fit.epoch_loop.batch_progress, fit.epoch_progress
     closed = epochs.current.ready == epochs.current.started == epochs.current.processed
@@ -301,10 +305,10 @@ def _align(fit: Any, steps: int, epochs_done: int, in_epoch: int, epoch: int) ->
             _set_restarting(fit, False)
         return
     done = epochs_done * epoch + in_epoch
-    if not in_epoch and epochs.current.started == epochs_done:  # all batches are done, but the epoch is still open
-        epochs_done, in_epoch = epochs_done - 1, epoch
-    counted = batches.total.processed, batches.current.processed, epochs.current.started
-    if closed or counted != (done, in_epoch, epochs_done + 1):
+    right = [(done, in_epoch, epochs_done + 1)]
+    if not in_epoch:
+        right.append((done, epoch, epochs_done))  # all batches of the epoch are done, but it is still open
+    if closed or (batches.total.processed, batches.current.processed, epochs.current.started) not in right:
         # what Lightning holds in `on_train_batch_end` of a step's last micro-batch, which it resumes from well
         for progress, processed in ((batches.total, done), (batches.current, in_epoch)):
             progress.ready = progress.started = progress.processed = processed
@@ -312,7 +316,7 @@ def _align(fit: Any, steps: int, epochs_done: int, in_epoch: int, epoch: int) ->
         for progress in (epochs.total, epochs.current):
             progress.ready = progress.started = epochs_done + 1
             progress.processed = progress.completed = epochs_done
-        batches.is_last_batch = in_epoch == epoch
+        batches.is_last_batch = False
         fit.epoch_loop._batches_that_stepped = steps - 1
         _set_restarting(fit, True)
 

@@ -75,7 +75,11 @@ class Edited:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
-        """Teacher-forced log-probabilities of each target after its prompt."""
+        """Teacher-forced log-probabilities of each target after its prompt.
+
+        Raises:
+            ValueError: where context, prompt and target together do not fit the context window.
+        """
         rows = [
             encode(self.backbone.tokenizer, p, t, bos=self.bos and not self.context)
             for p, t in zip(prompts, targets, strict=True)
@@ -91,6 +95,7 @@ class Edited:
     def _score(self, rows: Sequence[Encoded]) -> list[TargetScore]:
         ids, mask = (t.to(self.backbone.device) for t in pad([r.ids for r in rows], pad_id(self.backbone.tokenizer)))
         prefix, mask, options = self._after_prefix(mask)
+        self._check_room(mask.shape[1])
         hidden = self.decode(ids, mask, **options)[0].last_hidden_state  # [B, T, d]
         # token i is predicted at i - 1; the context's last token predicts the first one
         spans = [range(max(r.target_start, 0 if prefix is not None else 1), len(r.ids)) for r in rows]
@@ -114,7 +119,11 @@ class Edited:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
-        """Greedy continuations, without the prompts, cut at the first end-of-text token."""
+        """Greedy continuations, without the prompts, cut at the first end-of-text token.
+
+        Raises:
+            ValueError: for an empty prompt, or where a continuation would leave the context window.
+        """
         tokenizer = self.backbone.tokenizer
         rows = [encode(tokenizer, p, bos=self.bos and not self.context).ids for p in prompts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -129,6 +138,7 @@ class Edited:
         tokenizer = self.backbone.tokenizer
         ids, mask = (t.to(self.backbone.device) for t in pad(rows, pad_id(tokenizer), side="left"))
         _, mask, options = self._after_prefix(mask)
+        self._check_room(mask.shape[1] + max_new_tokens - 1)  # the last new token is not read again
         cache = options.get("past_key_values") or DynamicCache(config=self.backbone.model.config)
         ends = {tokenizer.eos_token_id} - {None}
         new: list[list[int]] = [[] for _ in rows]
@@ -148,6 +158,12 @@ class Edited:
             if all(done):
                 break
         return new
+
+    def _check_room(self, used: int) -> None:
+        """Refuse what is longer than the context window; learned positions would fail there, on CUDA beyond repair."""
+        room = getattr(self.backbone.model.config, "max_position_embeddings", None)
+        if room and used > room:
+            raise ValueError(f"{used} tokens (context, prompt and answer) do not fit the context window of {room}")
 
     def _after_prefix(self, mask: Tensor) -> tuple[Tensor | None, Tensor, dict[str, Any]]:
         """The context before a batch: its last state [d], the mask grown by it, and what the decoder needs of it."""

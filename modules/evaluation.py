@@ -91,11 +91,11 @@ def evaluate(
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and measure.
 
-    With more records than `pool_size`, those that do not fill a last pool are dropped, and counted, so that every figure
-    is of one pool size. With fewer, all records are one pool, and the result carries its true size.
+    With more records than `pool_size`, those that do not fill a last pool are dropped, and counted, so that every
+    figure is of one pool size. With fewer, all records are one pool, and the result carries its true size.
 
-    An editor with `own_edit_only` is given each record's own edits and no others; its questions are still those that the
-    whole pool leaves, so that the figures can be compared.
+    An editor with `own_edit_only` is given each record's own edits and no others; its questions are still those that
+    the whole pool leaves, so that the figures can be compared.
 
     Args:
         pool_size: in records (a record of MQuAKE holds several edits).
@@ -156,8 +156,8 @@ def evaluate_pool(
 
     Returns:
         One result per record, in EasyEdit's shape: `case_id`, `requested_rewrite` (prompt, target_new, ground_truth,
-        subject, text; a list of them where a record has several edits, as in MQuAKE), `pre` of the unedited and `post` of
-        the edited model. Each of these two holds `rewrite_acc`, `rephrase_acc`, `locality` {kind_acc}, `portability`
+        subject, text; a list of them where a record has several edits, as in MQuAKE), `pre` of the unedited and `post`
+        of the edited model. Each of these two holds `rewrite_acc`, `rephrase_acc`, `locality` {kind_acc}, `portability`
         {kind_acc} and, where the record has such questions, `multi_hop_acc`: lists with a number per query, in the
         record's order; with `exact_match` the same as `..._em`. Locality is agreement with the unedited model, so 1 in
         `pre`. `left_out` counts the record's locality and portability queries that `without_collisions` took out.
@@ -259,7 +259,7 @@ def _judge(record: EditRecord, answers: Answers, originals: Answers, exact_match
     judged: dict[str, Any] = {"locality": {}, "portability": {}}
     for field, queries in questions(record).items():
         sort, _, kind = field.partition("/")
-        if not queries and sort != "rewrite" and sort != "rephrase":
+        if not queries and field not in ("rewrite", "rephrase"):
             continue
         place, key = (judged[sort], kind) if kind else (judged, field)
         found = [_accuracy(field, query, answers, originals) for query in queries]

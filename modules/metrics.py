@@ -18,23 +18,24 @@ from datamodules.records import EditRecord
 from modules.editor import TargetScore
 
 PROTOCOLS: dict[str, str] = {
-    "reliability/token_accuracy": "Teacher-forced share of the new target's tokens that are the argmax, at the edits' own "
-    "prompts (EasyEdit's rewrite_acc).",
+    "reliability/token_accuracy": "Teacher-forced share of the new target's tokens that are the argmax, at the edits' "
+    "own prompts (EasyEdit's rewrite_acc).",
     "generality/token_accuracy": "The same at rephrased prompts (EasyEdit's rephrase_acc).",
-    "locality/token_agreement": "Share of the gold answer's positions, teacher-forced, at which the argmax equals that of "
-    "the unedited model, right or wrong (EasyEdit's locality); queries that name the subject of another edit of the pool "
-    "are left out.",
+    "locality/token_agreement": "Share of the gold answer's positions, teacher-forced, at which the argmax equals that "
+    "of the unedited model, right or wrong (EasyEdit's locality); queries that name the subject of another edit of the "
+    "pool are left out.",
     "locality/<kind>/token_agreement": "The same over one kind of locality query.",
     "portability/token_accuracy": "Teacher-forced token accuracy of answers that follow from the edit (EasyEdit's "
     "portability, first answer only); queries that name the subject of another edit of the pool are left out.",
     "portability/<kind>/token_accuracy": "The same over one kind of portability query.",
     "multi_hop/token_accuracy_max": "Teacher-forced token accuracy, the maximum over a case's questions and over the "
     "answer and its aliases (as InComeS scores MQuAKE; gives partial credit, unlike MQuAKE's own exact match).",
-    "<sort>/exact_match": "Share of queries whose greedy continuation, in lower case and without punctuation and articles "
-    "(SQuAD's normalisation), equals or begins with an answer or alias, in whole words; zero-shot.",
-    "locality/exact_match": "The same against the gold answer, which the unedited model need not know: compare with the "
-    "unedited row.",
-    "multi_hop/exact_match": "1 where any of a case's questions is an exact match (MQuAKE's any-of-three, but zero-shot).",
+    "<sort>/exact_match": "Share of queries whose greedy continuation, in lower case and without punctuation and "
+    "articles (SQuAD's normalisation), equals or begins with an answer or alias, in whole words; zero-shot.",
+    "locality/exact_match": "The same against the gold answer, which the unedited model need not know: compare with "
+    "the unedited model's row.",
+    "multi_hop/exact_match": "1 where any of a case's questions is an exact match (MQuAKE's any of three, but "
+    "zero-shot).",
 }
 
 _MAIN = {
@@ -51,8 +52,8 @@ _ARTICLES = {"a", "an", "the"}
 def token_agreement(score: TargetScore, original: TargetScore) -> float:
     """Share of answer positions where both models' most probable token is the same (EasyEdit's locality).
 
-    Both were teacher-forced on the same answer. Where one of them has no prediction for the text's very first token, the
-    positions that both have are compared.
+    Both were teacher-forced on the same answer. Where one of them has no prediction for the text's very first token,
+    the positions that both have are compared.
     """
     n = min(len(score.predicted), len(original.predicted))
     if not n:
@@ -63,8 +64,8 @@ def token_agreement(score: TargetScore, original: TargetScore) -> float:
 def exact_match(text: str, answers: Iterable[str]) -> bool:
     """Whether a generated text equals, or in whole words begins with, one of the answers after `normalise`.
 
-    The normalisation is that of SQuAD (Rajpurkar et al. 2016); beginning with the answer is enough, because a base model
-    does not stop after it. An answer of nothing but articles or punctuation has to be the whole text.
+    The normalisation is that of SQuAD (Rajpurkar et al. 2016); beginning with the answer is enough, because a base
+    model does not stop after it. An answer of nothing but articles or punctuation has to be the whole text.
     """
     words = normalise(text)
     for answer in answers:

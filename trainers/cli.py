@@ -48,13 +48,15 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
+        if args is None:  # LightningCLI warns where both argv and arguments are given
+            sys.argv[1:] = resolve_configs(sys.argv[1:])
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             run=False,
-            args=resolve_configs(sys.argv[1:] if args is None else args),
+            args=None if args is None else resolve_configs(args),
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"description": "Meta-train a knowledge editor."},

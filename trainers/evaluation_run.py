@@ -56,7 +56,7 @@ def run_evaluation(
         ends = 0
         for editor in editors:
             for size in sizes:
-                bar.update(task, description=f"{editor.name}, {size} edits")
+                bar.update(task, description=f"{editor.name}, pools of {size}")
                 ends += work[size]
                 try:
                     evaluation = evaluate(

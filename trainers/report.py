@@ -45,7 +45,7 @@ COLUMNS = (
     ("multi_hop/exact_match", "Hops EM", "Hops EM"),
 )
 LEGEND = (
-    "Percent, means over records. Teacher-forced token accuracy; locality: agreement with the unedited model; "
+    "Percent, means over records; pool: records edited at once. Teacher-forced token accuracy; locality: agreement with the unedited model; "
     "multi-hop: best question and alias."
 )
 EXACT_LEGEND = " EM: exact match of the greedy answer."
@@ -122,9 +122,9 @@ def print_table(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     columns = _columns(report)
     exact = _has_exact_match(columns)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("Editor", overflow="fold")
-    table.add_column("Edits", justify="right", no_wrap=True)
+    table.add_column("Pool", justify="right", no_wrap=True)
     for _, title in columns:
         table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
     for editor, size, values in _rows(report, columns):
@@ -138,7 +138,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
 def markdown_table(report: Report) -> str:
     """The same table in Markdown, with the legend below it."""
     columns = _columns(report)
-    heads = ["Editor", "Edits", *(title for _, title in columns)]
+    heads = ["Editor", "Pool", *(title for _, title in columns)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for editor, size, values in _rows(report, columns):
         lines.append([editor, str(size), *(f"**{text}**" if best else text for text, best in values)])
@@ -160,7 +160,7 @@ def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str,
         values = []
         for metric, _ in columns:
             value = round(cell[metric]["value"], 3) if metric in cell else None
-            top = value == best.get((size, metric)) and not _is_reference(report, editor, size)
+            top = bool(value) and value == best.get((size, metric)) and not _is_reference(report, editor, size)
             values.append(("-", False) if value is None else (f"{100 * value:.1f}", top))
         rows.append((editor, size, values))
     return rows

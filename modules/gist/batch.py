@@ -13,17 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, Query
+from datamodules.schedule import Slot
 from datamodules.tokens import encode, pad, pad_id
 
 Kind = Literal["request", "rephrase", "portability", "locality"]
-
-
-class Slot(NamedTuple):
-    """One record's place in a batch: the pool it belongs to, and the seed its queries are drawn with."""
-
-    record: EditRecord
-    pool: int
-    seed: int
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
@@ -20,14 +20,20 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord
 from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, load_backbone, load_tokenizer
-from modules.evaluation import Originals, evaluate_pool
+from modules.editor import Edited
+from modules.evaluation import Answers, evaluate_pool
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig, GistModel
 from modules.losses import edit_sensitivity, head_of, mean_per_row, token_ce_and_kl, token_log_probs, weighted_mean
 from modules.metrics import EditMetrics
-from modules.training_free.icl import Unedited
+
+
+class RecordPool(Protocol):
+    """A validation batch: records that are edited together."""
+
+    records: list[EditRecord]
 
 
 @dataclass
@@ -162,8 +168,9 @@ class InComeS(L.LightningModule):
         self.seed = seed
         self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
         self.model: GistModel | None = None
+        self._answers: Answers | None = None
         self._outside: dict[str, Any] = {}  # what must be neither trained, sharded nor saved: the teacher
-        self.metrics = EditMetrics(prefix="val/")
+        self.metrics: EditMetrics | None = None
 
     # ------------------------------------------------------------------ building
 
@@ -274,10 +281,10 @@ class InComeS(L.LightningModule):
 
     def training_step(self, batch: GistBatch, batch_idx: int) -> Tensor:
         parts = self.losses(batch, self.visible(batch))
-        self.log_dict(
-            {f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch), sync_dist=True
-        )
-        self.log("train/loss", parts["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch))
+        for name, value in parts.items():
+            self.log(
+                f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True
+            )
         return parts["loss"]
 
     def visible(self, batch: GistBatch) -> Tensor:
@@ -371,17 +378,25 @@ class InComeS(L.LightningModule):
 
     # ------------------------------------------------------------------ validation
 
-    def validation_step(self, batch: list[EditRecord], batch_idx: int) -> None:
+    def on_validation_epoch_start(self) -> None:
+        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
+        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
+        if self._answers is None:  # the original never changes: it is asked once in a run
+            self._answers = Answers(Edited(self.gists.backbone))
+
+    def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
         """One pool of validation records, by the same protocols as `trainers.evaluate`."""
-        with self.original() as backbone, Unedited().edit(backbone, []) as original:
-            originals = self._outside.setdefault("originals", Originals())
-            originals.fill(original, batch, self.exact_match)
-        with self.editor().edit(self.gists.backbone, [r for record in batch for r in record.requests]) as edited:
-            self.metrics.update(evaluate_pool(edited, originals, batch, self.exact_match))
+        assert self._answers is not None and self.metrics is not None
+        with self.original() as backbone:
+            self._answers.model = Edited(backbone)
+            self._answers.ask(batch.records, self.exact_match)
+        with self.editor().edit(self.gists.backbone, [r for record in batch.records for r in record.requests]) as edited:
+            self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.metrics.compute())
-        self.metrics.reset()
+        assert self.metrics is not None
+        for name, value in self.metrics.compute().items():
+            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy")
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -194,6 +194,33 @@ def test_a_run_that_max_steps_stopped_goes_on(cache: str, tmp_path: Path, accumu
         assert resumed.w == whole.w
 
 
+class StopAt(L.Callback):
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        trainer.should_stop = len(module.seen) == self.batches  # type: ignore[arg-type]
+
+
+def test_a_run_that_was_stopped_early_goes_on(cache: str, tmp_path: Path) -> None:
+    whole = fit(data(cache), max_epochs=3)
+    stopped = fit(data(cache), [StopAt(15), SaveEverywhere(tmp_path)], max_epochs=3)
+    assert len(stopped.seen) == 15
+    for name in ("batch-15", "epoch-15", "end-15"):
+        resumed = fit(data(cache), max_epochs=3, num_sanity_val_steps=0, ckpt_path=tmp_path / f"{name}.ckpt")
+        assert resumed.seen == whole.seen[15:], name
+        assert len(resumed.pools) == 4, name  # validation at the end of the second epoch and of the third
+        assert (resumed.w, resumed.steps) == (whole.w, whole.steps), name
+
+
+def test_an_epoch_that_only_has_to_be_closed_is_closed(cache: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    fit(data(cache), [SaveEverywhere(first)], max_epochs=2)
+    saver = SaveEverywhere(second)
+    fit(data(cache), [saver], max_epochs=2, ckpt_path=first / "validation-11.ckpt")
+    assert [path.name for path in saver.saved if "epoch" in path.name] == ["epoch-0.ckpt", "epoch-11.ckpt"]
+
+
 @pytest.mark.parametrize(("then", "now"), [((4, 2), (8, 1)), ((8, 1), (4, 2)), ((2, 4), (4, 2))])
 def test_a_run_goes_on_with_another_accumulation(
     cache: str, tmp_path: Path, then: tuple[int, int], now: tuple[int, int]
@@ -258,6 +285,19 @@ def test_records_over_the_limits_are_left_out(cache: str, caplog: pytest.LogCapt
     assert all(len(everyone[record].request.prompt) < 40 for record in seen)
     fitting = sum(len(r.request.prompt) < 40 for r in everyone.values())
     assert f"left out {RECORDS - fitting} of {RECORDS} records longer than the limits (train)" in caplog.text
+
+
+def test_the_filter_runs_once_although_its_use_changes_the_collator(cache: str) -> None:
+    class Counting(Plain):
+        calls = 0
+
+        def fits(self, record: EditRecord) -> bool:
+            self.calls += 1  # as a tokenizer that keeps what it has seen
+            Counting.calls += 1
+            return True
+
+    fit(data(cache), module=Seen(Counting()), max_steps=1, limit_val_batches=0)
+    assert Counting.calls == RECORDS
 
 
 def test_validation_is_the_same_pools_each_time(cache: str) -> None:

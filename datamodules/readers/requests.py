@@ -1,0 +1,41 @@
+"""A user's own edits: what `trainers.edit` is to make true."""
+
+from pathlib import Path
+from typing import Any
+
+from datamodules.readers.base import MalformedRecord, load_rows
+from datamodules.records import EditRequest
+
+
+def read_requests(path: str | Path) -> list[EditRequest]:
+    """Edits from a file.
+
+    `.json`, `.jsonl` (or either with .gz): objects with `prompt` and `target` (or EasyEdit's `target_new`) and perhaps
+    `subject`, or with `text`, a whole statement. Any other file: one statement a line.
+
+    Raises:
+        ValueError: for a file that is missing or empty.
+        MalformedRecord: naming file, row and field.
+    """
+    path = Path(path)
+    name = path.name.removesuffix(".gz")
+    if not name.endswith((".json", ".jsonl")):
+        if not path.is_file():
+            raise ValueError(f"no such file of edits: {path}")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} is empty: write one edit a line, or JSON with prompt and target")
+        return [EditRequest(text=line) for line in lines]
+    return [_request(row, i, path) for i, row in enumerate(load_rows(path))]
+
+
+def _request(row: dict[str, Any], index: int, path: Path) -> EditRequest:
+    target = row.get("target", row.get("target_new", ""))
+    values = {"prompt": row.get("prompt", ""), "target": target, "text": row.get("text"), "subject": row.get("subject")}
+    wrong = [name for name, value in values.items() if value is not None and not isinstance(value, str)]
+    try:
+        if wrong:
+            raise ValueError(f"field {wrong[0]!r} must be a string, got {values[wrong[0]]!r}")
+        return EditRequest(**values)
+    except ValueError as error:
+        raise MalformedRecord(f"{path}, row {index}: {error}") from None

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Everything that CI checks: install, lint, types, import order, all CPU tests.  bash launch/test.sh [pytest arguments]
+source "$(dirname "$0")/setup.sh"
+install "[dev]"
+echo "== ruff";   ruff check . ; ruff format --check .
+echo "== types";  pyright
+echo "== imports"; lint-imports --no-cache
+echo "== tests";  HF_HUB_OFFLINE=1 python -m pytest "$@"

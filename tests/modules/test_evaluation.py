@@ -1,0 +1,305 @@
+"""Evaluation with scripted models: what they answer is written down, so every figure is known."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from datamodules.records import EditRecord, EditRequest, Query
+from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.editor import Edited, Editor, TargetScore
+from modules.evaluation import Answers, evaluate, evaluate_pool, split_pools, without_collisions
+from modules.training_free.icl import InContext, RightEdit, Unedited
+
+BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
+
+
+class Scripted(Edited):
+    """Answers what it is told, one token a letter; what it is not told it answers with '?'."""
+
+    def __init__(self, says: dict[str, str]) -> None:
+        self.says = says
+        self.scored: list[list[tuple[str, str]]] = []
+        self.generated: list[list[str]] = []
+        self.batch_sizes: set[int] = set()
+
+    def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
+        self.scored.append(list(zip(prompts, targets, strict=True)))
+        self.batch_sizes.add(batch_size)
+        scores = []
+        for prompt, target in zip(prompts, targets, strict=True):
+            said = self.says.get(prompt, "").ljust(len(target), "?")[: len(target)]
+            predicted, wanted = (torch.tensor([ord(c) for c in text]) for text in (said, target))
+            scores.append(TargetScore(torch.zeros(len(target)), predicted, wanted))
+        return scores
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+        self.generated.append(list(prompts))
+        return [self.says.get(prompt, "?")[:max_new_tokens] for prompt in prompts]
+
+
+class Taught(Editor):
+    """Answers each edit's own prompt, and nothing else; while it edits, the original answers wrongly."""
+
+    name = "taught"
+
+    def __init__(self, original: Scripted | None = None) -> None:
+        self.original = original
+        self.pools: list[list[str]] = []
+        self.models: list[Scripted] = []
+
+    @contextmanager
+    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
+        self.pools.append([r.prompt for r in requests])
+        self.models.append(Scripted({r.prompt: r.target for r in requests}))
+        said = self.original.says if self.original else {}
+        if self.original:
+            self.original.says = {}
+        yield self.models[-1]
+        if self.original:
+            self.original.says = said
+
+
+class TaughtOwn(Taught):
+    name = "taught_own"
+    own_edit_only = True
+
+
+def query(prompt: str, *answers: str) -> Query:
+    return Query(prompt, answers)
+
+
+def city(name: str, **fields: Any) -> EditRecord:
+    return EditRecord(name, (EditRequest(f"{name} is in", "Peru", name, old_target="Chad"),), **fields)
+
+
+LYON = city(
+    "Lyon",
+    rephrases=(query("Where is Lyon? In", "Peru"),),
+    locality={"near": (query("Nice is in", "Rome"),), "far": (query("2 + 2 =", "four"),)},
+    portability={"hop": (query("People of Lyon speak", "Spanish"),)},
+    multi_hop=(query("Lyon's president?", "Dina", "Dina B"), query("Who rules Lyon?", "Dina", "Dina B")),
+)
+
+
+def test_one_record_by_hand() -> None:
+    original = Scripted({"Nice is in": "Rama", "2 + 2 =": "five", "Lyon is in": "Pxxx"})
+    edited = Scripted(
+        {
+            "Lyon is in": "Peru.",  # 4 of 4
+            "Where is Lyon? In": "Pexx",  # 2 of 4
+            "Nice is in": "Rome",  # agrees with Rama in R, m
+            "2 + 2 =": "five",  # wrong, but as before
+            "People of Lyon speak": "Spanish, and",  # 7 of 7
+            "Lyon's president?": "Dxxx B",  # best of 1/4 (Dina) and 3/6 (Dina B)
+            "Who rules Lyon?": "xixx",  # 1/4, 1/6
+        }
+    )
+    originals = Answers(original)
+    originals.ask([LYON], exact_match=True)
+    (result,) = evaluate_pool(edited, originals, [LYON], exact_match=True)
+    assert result == {
+        "case_id": "Lyon",
+        "requested_rewrite": {
+            "prompt": "Lyon is in",
+            "target_new": "Peru",
+            "ground_truth": "Chad",
+            "subject": "Lyon",
+            "text": None,
+        },
+        "pre": {
+            "rewrite_acc": [0.25],
+            "rewrite_em": [0.0],
+            "rephrase_acc": [0.0],
+            "rephrase_em": [0.0],
+            "locality": {"near_acc": [1.0], "near_em": [0.0], "far_acc": [1.0], "far_em": [0.0]},
+            "portability": {"hop_acc": [0.0], "hop_em": [0.0]},
+            "multi_hop_acc": [0.0, 0.0],
+            "multi_hop_em": [0.0, 0.0],
+        },
+        "post": {
+            "rewrite_acc": [1.0],
+            "rewrite_em": [1.0],
+            "rephrase_acc": [0.5],
+            "rephrase_em": [0.0],
+            "locality": {"near_acc": [0.5], "near_em": [1.0], "far_acc": [1.0], "far_em": [0.0]},
+            "portability": {"hop_acc": [1.0], "hop_em": [1.0]},
+            "multi_hop_acc": [0.5, 0.25],
+            "multi_hop_em": [0.0, 0.0],
+        },
+        "left_out": 0,
+    }
+
+
+def test_without_exact_match_nothing_is_generated() -> None:
+    original, edited = Scripted({}), Scripted({})
+    originals = Answers(original)
+    originals.ask([LYON])
+    (result,) = evaluate_pool(edited, originals, [LYON])
+    assert not original.generated
+    assert not edited.generated
+    assert not any(key.endswith("_em") for key in result["post"])
+
+
+def test_a_pool_is_asked_in_one_call_and_each_question_once() -> None:
+    records = [LYON, city("Oslo", locality={"far": (query("2 + 2 =", "four"),)})]
+    original, edited = Scripted({}), Scripted({})
+    originals = Answers(original)
+    originals.ask(records, exact_match=True, batch_size=7)
+    evaluate_pool(edited, originals, records, exact_match=True, batch_size=7)
+    for model in (original, edited):
+        assert len(model.scored) == len(model.generated) == 1
+        assert len(model.scored[0]) == len(set(model.scored[0])) == 10  # 5 of LYON, 2 x 2 of multi-hop, Oslo's edit
+        assert model.batch_sizes == {7}
+
+
+def test_originals_are_asked_once_over_pool_sizes_and_editors() -> None:
+    records = [city(f"City{i}", rephrases=(query(f"Rephrase {i}", "Peru"),)) for i in range(4)]
+    original = Scripted({})
+    originals = Answers(original)
+    for editor in (Taught(), Taught()):
+        for size in (1, 2, 4):
+            evaluate(editor, BACKBONE, records, size, originals=originals)
+    asked = [pair for call in original.scored for pair in call]
+    assert len(asked) == len(set(asked)) == 8
+
+
+def test_unasked_original_is_refused() -> None:
+    with pytest.raises(KeyError, match="before the edit"):
+        evaluate_pool(Scripted({}), Answers(Scripted({})), [LYON])
+
+
+def test_the_original_answers_before_the_edit() -> None:
+    # EasyEdit #643: locality against a model that is already edited always agrees
+    original = Scripted({"Nice is in": "Rome", "2 + 2 =": "four"})
+    result = evaluate(Taught(original), BACKBONE, [LYON], 1, originals=Answers(original))
+    assert result.aggregates["locality/token_agreement"]["value"] == 0.0
+
+
+def test_free_text_edit_has_no_reliability() -> None:
+    record = EditRecord("t", (EditRequest(text="Lyon moved."),), rephrases=(query("Lyon is in", "Peru"),))
+    result = evaluate(Taught(), BACKBONE, [record], 1, originals=Answers(Scripted({})))
+    assert result.records[0]["post"]["rewrite_acc"] == []
+    assert "reliability/token_accuracy" not in result.aggregates
+    assert result.aggregates["generality/token_accuracy"]["records"] == 1
+
+
+def test_query_that_cannot_be_scored_or_generated_is_absent() -> None:
+    class Mute(Scripted):
+        def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
+            scores = super().score(prompts, targets, batch_size)
+            empty = torch.zeros(0)
+            return [s if p else TargetScore(empty, empty, empty) for s, p in zip(scores, prompts, strict=True)]
+
+    record = city("Lyon", locality={"near": (query("", "x"), query("Nice is in", "y"))})
+    result = evaluate(Taught(), BACKBONE, [record], 1, exact_match=True, originals=Answers(Mute({"Nice is in": "?"})))
+    assert result.records[0]["post"]["locality"] == {"near_acc": [1.0], "near_em": [0.0]}
+
+
+def test_record_of_several_edits() -> None:
+    record = EditRecord("m", (EditRequest("a is", "b"), EditRequest("c is", "d")))
+    editor = Taught()
+    (result,) = evaluate(editor, BACKBONE, [record], 1, originals=Answers(Scripted({}))).records
+    assert editor.pools == [["a is", "c is"]]
+    assert [rewrite["target_new"] for rewrite in result["requested_rewrite"]] == ["b", "d"]
+    assert result["post"]["rewrite_acc"] == [1.0, 1.0]
+
+
+def test_collisions() -> None:
+    york = city("New York", portability={"hop": (query("The mayor of New York is", "Ada"),)})
+    lyon = city(
+        "Lyon",
+        rephrases=(query("Lyon, not New York, is in", "Peru"),),
+        locality={
+            "near": (
+                query("New York is in", "Ohio"),  # names the other record's subject
+                query("The (New-York) river is the", "Hudson"),  # in words
+                query("New Yorkers live in", "Ohio"),  # not the whole word
+                query("new york is in", "Ohio"),  # not the name
+                query("Lyon was in", "Gaul"),  # its own subject
+            ),
+            "gone": (query("Is New York big?", "yes"),),
+        },
+        portability={"hop": (query("People of Lyon who go to New York see", "Ada"),)},
+        multi_hop=(query("Who rules New York?", "Ada"),),
+    )
+    (thin_lyon, thin_york), left_out = without_collisions([lyon, york])
+    assert left_out == [4, 0]
+    assert [q.prompt for q in thin_lyon.locality["near"]] == ["New Yorkers live in", "new york is in", "Lyon was in"]
+    assert thin_lyon.locality["gone"] == ()
+    assert thin_lyon.portability["hop"] == ()
+    assert thin_lyon.rephrases == lyon.rephrases
+    assert thin_lyon.multi_hop == lyon.multi_hop
+    assert thin_york == york
+    assert without_collisions([lyon]) == ([lyon], [0])
+
+    result = evaluate(Taught(), BACKBONE, [lyon, york], 2, originals=Answers(Scripted({})))
+    assert [r["left_out"] for r in result.records] == [4, 0]
+    assert result.settings["queries_left_out"] == 4
+    assert set(result.records[0]["post"]["locality"]) == {"near_acc"}
+    assert result.aggregates["portability/token_accuracy"]["records"] == 1
+    apart = evaluate(Taught(), BACKBONE, [lyon, york], 1, originals=Answers(Scripted({})))
+    assert apart.settings["queries_left_out"] == 0
+
+
+def test_another_edit_of_the_same_subject_collides() -> None:
+    first = city("Lyon", locality={"other": (query("The river of Lyon is the", "Rhone"),)})
+    second = EditRecord("2", (EditRequest("The river of Lyon is the", "Nile", "Lyon"),))
+    assert without_collisions([first, second])[1] == [1, 0]
+
+
+def test_own_edit_only_sees_its_own_edit_but_the_pools_questions() -> None:
+    oslo = city("Oslo")
+    lyon = city("Lyon", locality={"near": (query("Oslo is in", "Norway"), query("Nice is in", "Rome"))})
+    editor, done = TaughtOwn(), []
+    result = evaluate(editor, BACKBONE, [lyon, oslo], 2, originals=Answers(Scripted({})), progress=done.append)
+    assert editor.pools == [["Lyon is in"], ["Oslo is in"]]
+    assert result.pool_size == 2
+    assert result.settings["own_edit_only"] is True
+    assert result.settings["queries_left_out"] == 1
+    assert [p for p, _ in editor.models[0].scored[0]] == ["Lyon is in", "Nice is in"]
+    assert done == [1, 1]
+    assert result.aggregates["reliability/token_accuracy"]["value"] == 1.0
+
+
+def test_pools() -> None:
+    records = [city(f"City{i}") for i in range(7)]
+    editor, done = Taught(), []
+    result = evaluate(editor, BACKBONE, records, 3, originals=Answers(Scripted({})), progress=done.append)
+    assert [len(pool) for pool in editor.pools] == done == [3, 3]
+    assert [r["case_id"] for r in result.records] == [f"City{i}" for i in range(6)]
+    assert (result.settings["pools"], result.settings["records"], result.settings["records_dropped"]) == (2, 6, 1)
+    few = evaluate(Taught(), BACKBONE, records, 100, originals=Answers(Scripted({})))
+    assert (few.pool_size, len(few.records), few.settings["records_dropped"]) == (7, 7, 0)
+    assert few.edit_seconds > 0
+    assert few.answer_seconds > 0
+    for bad in ([], 1), (records, 0):
+        with pytest.raises(ValueError, match="pool size"):
+            split_pools(*bad)
+
+
+def test_real_editors_on_a_tiny_model() -> None:
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "initializer_range": 0.4,
+    }
+    torch.manual_seed(0)
+    backbone = load_backbone(BackboneConfig("random:llama", overrides=shape))
+    records = [LYON, city("Oslo", locality={"far": (query("2 + 2 =", "four"),)})]
+    unedited = evaluate(Unedited(), backbone, records, 2, exact_match=True)
+    assert unedited.aggregates["locality/token_agreement"]["value"] == 1.0
+    assert all(r["pre"] == r["post"] for r in unedited.records)
+    in_context = evaluate(InContext(), backbone, records, 2)
+    right = evaluate(RightEdit(), backbone, records, 2)
+    assert in_context.records != unedited.records
+    assert right.settings["queries_left_out"] == in_context.settings["queries_left_out"]
+    alone = evaluate(InContext(), backbone, records, 1)
+    assert right.records == alone.records  # in-context learning of a pool of one

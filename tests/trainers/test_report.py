@@ -1,0 +1,234 @@
+"""The report: its shape, its tables, and what happens when an editor fails."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from datamodules.records import EditRecord, EditRequest, Query
+from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.editor import Edited, Editor
+from modules.metrics import PROTOCOLS
+from modules.training_free.icl import InContext, RightEdit, Unedited
+from trainers import evaluation_run
+from trainers.evaluation_run import run_evaluation
+from trainers.report import Report, failures, markdown_table, print_table, write_json
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+}
+RECORDS = [
+    EditRecord(
+        name,
+        (EditRequest(f"{name} is in", "Peru", name),),
+        rephrases=(Query(f"Where is {name}? In", ("Peru",)),),
+        locality={"far": (Query("2 + 2 =", ("four",)),)},
+        portability={"hop": (Query(f"People of {name} speak", ("Spanish",)),)},
+    )
+    for name in ("Lyon", "Oslo", "Nice", "Bonn")
+]
+
+
+class Failing(Editor):
+    """Fails with more than two edits."""
+
+    name = "failing"
+
+    @contextmanager
+    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
+        if len(requests) > 2:
+            raise ValueError("at most two edits")
+        yield Edited(backbone)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return load_backbone(BackboneConfig("random:llama", overrides=SHAPE))
+
+
+def run(backbone: Backbone, out: Path, editors: Sequence[Editor], exact_match: bool = False) -> tuple[Report, str]:
+    screen = StringIO()
+    console = Console(file=screen, width=100)
+    report = run_evaluation(
+        editors, backbone, RECORDS, [2, 4], exact_match, out, data="four cities", seed=3, console=console
+    )
+    return report, screen.getvalue()
+
+
+def test_schema(backbone: Backbone, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "results.json"
+    report, _ = run(backbone, out, [Unedited(), InContext()])
+    assert json.loads(out.read_text()) == report
+    assert set(report) == {"meta", "aggregate", "runs", "records"}
+    meta = report["meta"]
+    assert set(meta) == {
+        "date",
+        "command",
+        "data",
+        "records",
+        "edits",
+        "mode",
+        "pool_sizes",
+        "backbone",
+        "seed",
+        "versions",
+        "protocols",
+    }
+    assert (meta["data"], meta["records"], meta["edits"], meta["seed"]) == ("four cities", 4, 4, 3)
+    assert (meta["mode"], meta["pool_sizes"], meta["protocols"]) == ("batch", [2, 4], PROTOCOLS)
+    assert meta["backbone"]["source"] == "random:llama"
+    assert meta["versions"]["torch"] == torch.__version__
+    assert set(meta["versions"]) == {"palimpsest", "torch", "transformers", "lightning"}
+    for part in ("aggregate", "runs", "records"):
+        assert {editor: list(cells) for editor, cells in report[part].items()} == {
+            "unedited": ["2", "4"],
+            "icl": ["2", "4"],
+        }
+    assert set(report["aggregate"]["icl"]["4"]) == {
+        "reliability/token_accuracy",
+        "generality/token_accuracy",
+        "locality/token_agreement",
+        "locality/far/token_agreement",
+        "portability/token_accuracy",
+        "portability/hop/token_accuracy",
+    }
+    assert set(report["aggregate"]["icl"]["4"]["reliability/token_accuracy"]) == {"value", "ci", "records"}
+    assert set(report["runs"]["icl"]["4"]) == {
+        "edit_seconds",
+        "answer_seconds",
+        "exact_match",
+        "batch_size",
+        "max_new_tokens",
+        "own_edit_only",
+        "pools",
+        "records",
+        "records_dropped",
+        "queries_left_out",
+        "bootstrap_seed",
+    }
+    record = report["records"]["icl"]["4"][0]
+    assert set(record) == {"case_id", "requested_rewrite", "pre", "post", "left_out"}
+    assert set(record["post"]) == {"rewrite_acc", "rephrase_acc", "locality", "portability"}
+
+
+def test_failing_editor_is_marked_and_the_run_goes_on(backbone: Backbone, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    report, screen = run(backbone, out, [Failing(), Unedited()])
+    assert failures(report) == [("failing", 4, "ValueError: at most two edits")]
+    assert json.loads(out.read_text())["aggregate"]["failing"]["4"] == {"error": "ValueError: at most two edits"}
+    assert "value" in report["aggregate"]["failing"]["2"]["reliability/token_accuracy"]
+    assert "4" not in report["records"]["failing"]
+    assert report["records"]["unedited"]["4"]
+    assert "failing failed with pools of 4: ValueError: at most two edits" in screen
+    assert "failing failed with pools of 4" in markdown_table(report)
+    assert "| failing | 4 | - | - | - | - |" in markdown_table(report)
+
+
+def test_a_stopped_run_keeps_what_it_has(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real = tmp_path / "results.json", evaluation_run.evaluate
+
+    def stopped(editor: Editor, *args: object, **kwargs: object) -> object:
+        if editor.name == "icl":
+            raise KeyboardInterrupt
+        return real(editor, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation_run, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(backbone, out, [Unedited(), InContext()])
+    assert set(json.loads(out.read_text())["aggregate"]["unedited"]) == {"2", "4"}
+
+
+def test_pool_sizes_above_the_records_become_their_number(
+    backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = run_evaluation([Unedited()], backbone, RECORDS, [4, 8, 100], False, tmp_path / "r.json", progress=False)
+    assert list(report["aggregate"]["unedited"]) == ["4"]
+    assert "there are 4 records" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("editors", "records", "sizes", "message"),
+    [
+        ([], RECORDS, [1], "0 editors"),
+        ([Unedited()], [], [1], "0 records"),
+        ([Unedited()], RECORDS, [], "pool sizes"),
+        ([Unedited()], RECORDS, [0], "pool sizes"),
+        ([InContext(0), InContext(1)], RECORDS, [1], "different names"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    backbone: Backbone, tmp_path: Path, editors: list[Editor], records: list[EditRecord], sizes: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_evaluation(editors, backbone, records, sizes, False, tmp_path / "r.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exact_match", [False, True])
+@pytest.mark.parametrize("width", [80, 100])
+def test_table_fits_the_screen(backbone: Backbone, tmp_path: Path, exact_match: bool, width: int) -> None:
+    report, _ = run(backbone, tmp_path / "r.json", [Unedited(), RightEdit()], exact_match)
+    screen = StringIO()
+    print_table(report, Console(file=screen, width=width))
+    text = screen.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "\x1b" not in text  # no styling where it is no terminal
+    assert "…" not in text
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] in (["unedited"], ["icl_right_edit"])]
+    assert [row[:2] for row in rows] == [[n, s] for n in ("unedited", "icl_right_edit") for s in ("2", "4")]
+    assert all(len(row) == 2 + 4 * (1 + exact_match) for row in rows)
+    assert ("EM" in text) == exact_match
+    assert ("Reliability" in text) == (not exact_match)
+
+
+def made(**values: float) -> dict[str, dict[str, object]]:
+    return {name.replace("__", "/"): {"value": v, "ci": [v, v], "records": 1} for name, v in values.items()}
+
+
+def test_best_is_bold_per_pool_size_and_references_do_not_compete() -> None:
+    report: Report = {
+        "meta": {},
+        "aggregate": {
+            "unedited": {"10": made(reliability__token_accuracy=0.1, locality__token_agreement=1.0)},
+            "upper": {"10": made(reliability__token_accuracy=1.0, locality__token_agreement=0.9)},
+            "a": {
+                "10": made(reliability__token_accuracy=0.9, locality__token_agreement=0.80001),
+                "20": made(reliability__token_accuracy=0.5, locality__token_agreement=0.0),
+            },
+            "b": {"10": made(locality__token_agreement=0.8)},
+        },
+        "runs": {"upper": {"10": {"own_edit_only": True}}},
+        "records": {},
+    }
+    lines = markdown_table(report).splitlines()
+    assert lines[:7] == [
+        "| Editor | Pool | Reliability | Locality |",
+        "| --- | ---: | ---: | ---: |",
+        "| unedited | 10 | 10.0 | 100.0 |",
+        "| upper | 10 | 100.0 | 90.0 |",
+        "| a | 10 | **90.0** | **80.0** |",
+        "| a | 20 | **50.0** | 0.0 |",
+        "| b | 10 | - | **80.0** |",
+    ]
+
+
+def test_write_is_whole_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"meta": {"a": 1}})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"meta": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(path, {"meta": object()})
+    assert json.loads(path.read_text()) == {"meta": {"a": 1}}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

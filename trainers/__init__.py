@@ -1,0 +1,1 @@
+"""What a user runs, and what wires a run together."""

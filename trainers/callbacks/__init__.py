@@ -1,0 +1,1 @@
+"""Lightning callbacks, one a file, for the `trainer.callbacks` of a config."""

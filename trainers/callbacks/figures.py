@@ -1,0 +1,227 @@
+"""Figures of what tokens select among gists (InComeS, figure 4): tensors and labels in, a matplotlib Figure out.
+
+Nothing here knows of a run, and pyplot's global state is not used. L layers (1 where all share one choice), T tokens,
+N edits; the zero-gist is the last choice. Colours are of the Okabe-Ito palette, which the colour-blind can tell apart.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+GOLDEN, ZERO, OTHER = "#D55E00", "#0072B2", "#666666"
+CHOICES = "Blues"  # one hue from light to dark
+MOST_TOKENS = 40  # rows of a heat map; of a longer query the last ones, where the answer is
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the tokens of one query selected.
+
+    Args:
+        tokens: the query's tokens, without the last one, which predicts nothing of the answer.
+        probabilities: [L, T, N + 1], the zero-gist last.
+        answer_from: the first token that predicts a part of the answer; all after it do too.
+        golden: the edit that should be read; None: the query is out of every edit's scope.
+        right: whether all tokens of the answer are the most probable ones.
+        question, edit: the query, and the statement of the golden edit, as text.
+    """
+
+    tokens: Sequence[str]
+    probabilities: Tensor
+    answer_from: int
+    golden: int | None = None
+    right: bool | None = None
+    question: str = ""
+    edit: str = ""
+
+    @property
+    def zero(self) -> Tensor:
+        """The zero-gist's probability [L, T]."""
+        return self.probabilities[..., -1]
+
+    @property
+    def of_golden(self) -> Tensor:
+        """The golden gist's probability [L, T]; 0 out of scope."""
+        return self.probabilities[..., self.golden] if self.golden is not None else torch.zeros_like(self.zero)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the choice in nats [L, T]; ln(N + 1) is the most."""
+        return torch.special.entr(self.probabilities).sum(-1)
+
+
+class Profile(NamedTuple):
+    """Means by layer, each [L]: over the tokens that predict a query's answer, then over queries."""
+
+    zero: Tensor
+    golden: Tensor
+    entropy: Tensor
+
+
+def profile(selections: Sequence[Selection]) -> Profile:
+    """The mean of selections.
+
+    Raises:
+        ValueError: without any.
+    """
+    if not selections:
+        raise ValueError("a profile needs at least one selection")
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(s, name)[:, s.answer_from :].mean(1) for s in selections]).mean(0)
+
+    return Profile(mean("zero"), mean("of_golden"), mean("entropy"))
+
+
+def heat_map(selection: Selection, edits: Sequence[str], panels: Sequence[str], columns: int = 4) -> Figure:
+    """Tokens x edits, a panel per layer. The golden edit is framed, the tokens that predict the answer are bold.
+
+    Args:
+        edits: names of the N edits, such as their subjects.
+        panels: names of the L layers.
+        columns: panels side by side.
+    """
+    first = max(0, len(selection.tokens) - MOST_TOKENS)
+    shown = selection.probabilities[:, first:].float()
+    tokens, answer_from = selection.tokens[first:], max(0, selection.answer_from - first)
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(max(7.5, columns * (0.12 * len(edits) + 0.5) + 1.6), rows * (0.14 * len(tokens) + 0.4) + 2.0)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    image = None
+    for i, axes in enumerate(grid.flat):
+        if i >= len(panels):
+            axes.axis("off")
+            continue
+        image = axes.imshow(shown[i].numpy(), cmap=CHOICES, vmin=0, vmax=1, aspect="auto", interpolation="none")
+        axes.set_title(panels[i], fontsize=8)
+        _mark(axes, selection.golden, len(edits), len(tokens), answer_from)
+        axes.tick_params(length=2, labelbottom=i + columns >= len(panels))
+        axes.set_xticks(range(len(edits) + 1), [shorten(e, 14) for e in (*edits, "zero-gist")], rotation=90)
+        axes.set_yticks(range(len(tokens)), tokens)
+        _plain(axes, 6)
+        _emphasise(axes.get_xticklabels(), {selection.golden: GOLDEN, len(edits): ZERO})
+        _emphasise(axes.get_yticklabels(), dict.fromkeys(range(answer_from, len(tokens)), "black"))
+    assert image is not None
+    figure.colorbar(image, ax=grid, label="probability of reading", shrink=min(1.0, 3 / figure.get_figheight()))
+    figure.suptitle(_title(selection), fontsize=9, parse_math=False)
+    figure.supxlabel("edits in the pool (the right one is framed)", fontsize=8)
+    figure.supylabel("tokens of the query (bold: they predict the answer)", fontsize=8)
+    return figure
+
+
+def layer_profile(layers: Sequence[int], in_scope: Profile, out_of_scope: Profile | None = None) -> Figure:
+    """Zero-gist probability, golden-gist probability and entropy by layer, in and out of scope (figure 4b).
+
+    Args:
+        layers: numbers of the active layers; where a profile has one choice for all of them it is a level line.
+    """
+    figure = _figure(10, 3.2)
+    panels: Any = figure.subplots(1, 3)
+    names = {
+        "zero": ("reads nothing", "probability of the zero-gist"),
+        "golden": ("reads the right edit", "probability of the golden gist"),
+        "entropy": ("undecided", "entropy of the choice [nats]"),
+    }
+    for axes, (name, (title, label)) in zip(panels, names.items(), strict=True):
+        drawn = [("in scope", in_scope, GOLDEN, "o-")]
+        if out_of_scope is not None and name != "golden":
+            drawn.append(("out of scope", out_of_scope, ZERO, "s--"))
+        for scope, values, colour, style in drawn:
+            y = getattr(values, name).float().expand(len(layers)).numpy()
+            axes.plot(layers, y, style, color=colour, label=scope, markersize=4, linewidth=1.5)
+        axes.set(title=title, xlabel="layer", ylabel=label)
+        axes.set_ylim((-0.03, 1.03) if name != "entropy" else (0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _open(axes)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    shared = " (one choice for all layers)" if len(in_scope.zero) < len(layers) else ""
+    figure.suptitle(f"What is selected where the answer is predicted{shared}", fontsize=10)
+    return figure
+
+
+def token_trace(selections: Sequence[Selection]) -> Figure:
+    """Zero-gist and golden-gist probability, and below them the entropy, along each query's tokens (figure 4c, 4d).
+
+    Means over layers. The tokens that predict the answer stand on a grey ground.
+    """
+    tokens = max(min(len(s.tokens), MOST_TOKENS) for s in selections)
+    figure = _figure(max(5.0, (0.2 * tokens + 1.2) * len(selections)), 4.6)
+    grid = figure.subplots(2, len(selections), sharex="col", sharey="row", squeeze=False, height_ratios=[2, 1])
+    for column, selection in enumerate(selections):
+        above, below = grid[:, column]
+        first = max(0, len(selection.tokens) - MOST_TOKENS)
+        at = range(len(selection.tokens) - first)
+        lines = (
+            (above, selection.of_golden, GOLDEN, "o-", "golden gist"),
+            (above, selection.zero, ZERO, "s--", "zero-gist"),
+            (below, selection.entropy, OTHER, "^-", "entropy"),
+        )
+        for axes, values, colour, style, label in lines:
+            y = values.float().mean(0)[first:].numpy()
+            axes.plot(at, y, style, color=colour, label=label, markersize=3.5, linewidth=1.3)
+        for axes in (above, below):
+            axes.axvspan(selection.answer_from - first - 0.5, len(at) - 0.5, color="#EEEEEE", zorder=0, linewidth=0)
+            _open(axes)
+        above.set_ylim(-0.03, 1.03)
+        above.tick_params(labelbottom=False)
+        above.set_title(_title(selection), fontsize=8, parse_math=False)
+        below.set_ylim(0, None)
+        below.set_xticks(at, selection.tokens[first:], rotation=90)
+        _plain(below, 7)
+    grid[0, 0].set_ylabel("probability")
+    grid[1, 0].set_ylabel("entropy [nats]")
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("tokens of the query (grey: they predict the answer)", fontsize=8)
+    return figure
+
+
+def shorten(text: str, most: int) -> str:
+    """The text in one line, cut to `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def _title(selection: Selection) -> str:
+    answered = {True: " (right)", False: " (wrong)", None: ""}[selection.right]
+    about = f"edit: {shorten(selection.edit, 70)}" if selection.golden is not None else "about none of the edits"
+    return f"{shorten(selection.question, 70)}{answered}\n{about}"
+
+
+def _mark(axes: Axes, golden: int | None, zero: int, tokens: int, answer_from: int) -> None:
+    """Frame the golden edit's column, set the zero-gist's apart, and draw a line above the answer."""
+    axes.axvline(zero - 0.5, color=OTHER, linewidth=0.8)
+    axes.axhline(answer_from - 0.5, color=OTHER, linewidth=0.8, linestyle=":")
+    if golden is not None:
+        frame = Rectangle((golden - 0.5, -0.5), 1, tokens, fill=False, edgecolor=GOLDEN, linewidth=1.2, label="golden")
+        axes.add_patch(frame)
+
+
+def _plain(axes: Axes, size: int) -> None:
+    """Small tick labels in which $, ^ and _ are letters like any other."""
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set(fontsize=size, parse_math=False)
+
+
+def _emphasise(labels: Sequence[Any], colours: dict[Any, str]) -> None:
+    for i, label in enumerate(labels):
+        if i in colours:
+            label.set(fontweight="bold", color=colours[i])
+
+
+def _open(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
