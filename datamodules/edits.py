@@ -184,6 +184,13 @@ class EditDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._pools(self.test_records(), "test")
 
+    def calibration_records(self, count: int) -> list[EditRecord]:
+        """Training records for an editor that takes statistics before training: `count`, drawn by `seed`."""
+        assert self._train is not None, "call setup('fit') first"
+        order = random.Random(stable_hash("calibration", self.seed))
+        size = len(self._train)
+        return self._train.records(order.sample(range(size), min(count, size)))
+
     def validation_records(self) -> list[EditRecord]:
         """The first `val_records` records of the validation sources in a seeded order. Works without a Trainer."""
         data = load(self.val, self.cache_dir)

@@ -45,6 +45,35 @@ def text(row: Mapping[str, Any], field: str) -> str:
     return value.strip()
 
 
+def choice(row: Mapping[str, Any], options: str | list[str], key: str) -> str:
+    """The right one of several options: columns, or a (dotted) column that holds a list of texts.
+
+    Args:
+        key: the column with the right option's place from 0, or its letter from A, or its number as text from 1.
+
+    Raises:
+        KeyError, TypeError: if a field is missing or of the wrong type.
+        ValueError: if the key names none of the options.
+    """
+    if isinstance(options, list):
+        offered = [text(row, name) for name in options]
+    else:
+        value: Any = row
+        for name in options.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                raise KeyError(options)
+            value = value[name]
+        offered = list(texts({options: value}, options))
+    if key not in row:
+        raise KeyError(key)
+    right = row[key]
+    if isinstance(right, str):
+        right = int(right) - 1 if right.strip().isdigit() else ord(right.strip().upper()[:1] or "@") - ord("A")
+    if not isinstance(right, int) or not 0 <= right < len(offered):
+        raise ValueError(f"field {key!r} is {row[key]!r}, which is none of the {len(offered)} choices")
+    return offered[right]
+
+
 def texts(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """All non-empty texts of a field that holds a text or arbitrarily nested lists of texts; () if it is missing.
 

@@ -16,10 +16,11 @@ from datamodules.records import EditRecord, EditRequest, Query
 def read_pairs(
     source: str | Path | Iterable[Mapping[str, Any]],
     edit: str,
-    text: str,
+    text: str | list[str],
     stem: str | None = None,
     on_error: OnError = "raise",
     name: str | None = None,
+    key: str | None = None,
 ) -> Iterator[EditRecord]:
     """Read text pairs from a JSON or JSON Lines file, or from rows.
 
@@ -29,7 +30,10 @@ def read_pairs(
     Args:
         edit: the column of the edit. Columns may be dotted paths, such as "answers.text"; the first element of a
             list on the path is taken.
-        text: the column of the text to be predicted.
+        text: the column of the text to be predicted; with `key`, the columns of the choices, or the one column that
+            holds them as a list.
+        key: of a multiple-choice question, the column that says which choice is right: its place from 0, or its
+            letter from A (digits as text count from 1).
         stem: the column of a prompt before the text, such as a question; without it the text is predicted from its
             start.
         name: names the source in ids and messages; by default the file's stem, or "pairs" for rows.
@@ -46,7 +50,8 @@ def read_pairs(
     def convert(row: Mapping[str, Any], index: int) -> EditRecord:
         prompt = fields.text(row, stem) if stem else ""
         request = EditRequest(text=fields.text(row, edit))
-        return EditRecord(f"{prefix}-{index}", (request,), rephrases=(Query(prompt, (fields.text(row, text),)),))
+        answer = fields.choice(row, text, key) if key else fields.text(row, str(text))
+        return EditRecord(f"{prefix}-{index}", (request,), rephrases=(Query(prompt, (answer,)),))
 
     return read_all(rows, origin, convert, on_error)
 
@@ -56,10 +61,11 @@ def read_hub(
     subset: str | None,
     split: str,
     edit: str,
-    text: str,
+    text: str | list[str],
     stem: str | None = None,
     revision: str | None = None,
     on_error: OnError = "raise",
+    key: str | None = None,
 ) -> Iterator[EditRecord]:
     """Read text pairs from a Hugging Face dataset (or a local folder of data files), kept on disk and memory-mapped.
 
@@ -78,4 +84,4 @@ def read_hub(
             f"cannot load dataset {name!r} (subset {subset!r}, split {split!r}, revision {revision!r}): {error}; check "
             f"these names and the network, or save its rows as JSON Lines and read them with the format 'pairs'"
         ) from error
-    return read_pairs(table, edit, text, stem, on_error, name=name)
+    return read_pairs(table, edit, text, stem, on_error, name=name, key=key)

@@ -80,19 +80,19 @@ def profile(selections: Sequence[Selection]) -> Profile:
     return Profile(mean("zero"), mean("of_golden"), mean("entropy"))
 
 
-def heat_map(selection: Selection, edits: Sequence[str], panels: Sequence[str], columns: int = 4) -> Figure:
+def heat_map(selection: Selection, edits: Sequence[str], panels: Sequence[str], columns: int = 5) -> Figure:
     """Tokens x edits, a panel per layer. The golden edit is framed, the tokens that predict the answer are bold.
 
     Args:
         edits: names of the N edits, such as their subjects.
         panels: names of the L layers.
-        columns: panels side by side.
+        columns: panels side by side, at most.
     """
     first = max(0, len(selection.tokens) - MOST_TOKENS)
     shown = selection.probabilities[:, first:].float()
     tokens, answer_from = selection.tokens[first:], max(0, selection.answer_from - first)
-    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)
     figure = _figure(max(7.5, columns * (0.12 * len(edits) + 0.5) + 1.6), rows * (0.14 * len(tokens) + 0.4) + 2.0)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     image = None
@@ -103,10 +103,11 @@ def heat_map(selection: Selection, edits: Sequence[str], panels: Sequence[str], 
         image = axes.imshow(shown[i].numpy(), cmap=CHOICES, vmin=0, vmax=1, aspect="auto", interpolation="none")
         axes.set_title(panels[i], fontsize=8)
         _mark(axes, selection.golden, len(edits), len(tokens), answer_from)
-        axes.tick_params(length=2, labelbottom=i + columns >= len(panels))
+        lowest = i + columns >= len(panels)
+        axes.tick_params(length=2, labelbottom=lowest)
         axes.set_xticks(range(len(edits) + 1), [shorten(e, 14) for e in (*edits, "zero-gist")], rotation=90)
         axes.set_yticks(range(len(tokens)), tokens)
-        _plain(axes, 6)
+        _plain([*axes.get_xticklabels(), *axes.get_yticklabels()], 6, in_layout=not lowest or i // columns == rows - 1)
         _emphasise(axes.get_xticklabels(), {selection.golden: GOLDEN, len(edits): ZERO})
         _emphasise(axes.get_yticklabels(), dict.fromkeys(range(answer_from, len(tokens)), "black"))
     assert image is not None
@@ -123,7 +124,7 @@ def layer_profile(layers: Sequence[int], in_scope: Profile, out_of_scope: Profil
     Args:
         layers: numbers of the active layers; where a profile has one choice for all of them it is a level line.
     """
-    figure = _figure(10, 3.2)
+    figure = _figure(10, 3.5)
     panels: Any = figure.subplots(1, 3)
     names = {
         "zero": ("reads nothing", "probability of the zero-gist"),
@@ -144,7 +145,7 @@ def layer_profile(layers: Sequence[int], in_scope: Profile, out_of_scope: Profil
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     shared = " (one choice for all layers)" if len(in_scope.zero) < len(layers) else ""
-    figure.suptitle(f"What is selected where the answer is predicted{shared}", fontsize=10)
+    figure.suptitle(f"What tokens that predict the answer select{shared}", fontsize=10)
     return figure
 
 
@@ -174,9 +175,9 @@ def token_trace(selections: Sequence[Selection]) -> Figure:
         above.set_ylim(-0.03, 1.03)
         above.tick_params(labelbottom=False)
         above.set_title(_title(selection), fontsize=8, parse_math=False)
-        below.set_ylim(0, None)
         below.set_xticks(at, selection.tokens[first:], rotation=90)
-        _plain(below, 7)
+        _plain(below.get_xticklabels(), 7)
+    grid[1, 0].set_ylim(0, 1.1 * max(float(s.entropy.mean(0).max()) for s in selections) + 0.01)
     grid[0, 0].set_ylabel("probability")
     grid[1, 0].set_ylabel("entropy [nats]")
     grid[0, 0].legend(frameon=False, fontsize=8)
@@ -195,7 +196,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _title(selection: Selection) -> str:
-    answered = {True: " (right)", False: " (wrong)", None: ""}[selection.right]
+    answered = {True: " (answered right)", False: " (answered wrong)", None: ""}[selection.right]
     about = f"edit: {shorten(selection.edit, 70)}" if selection.golden is not None else "about none of the edits"
     return f"{shorten(selection.question, 70)}{answered}\n{about}"
 
@@ -205,14 +206,15 @@ def _mark(axes: Axes, golden: int | None, zero: int, tokens: int, answer_from: i
     axes.axvline(zero - 0.5, color=OTHER, linewidth=0.8)
     axes.axhline(answer_from - 0.5, color=OTHER, linewidth=0.8, linestyle=":")
     if golden is not None:
-        frame = Rectangle((golden - 0.5, -0.5), 1, tokens, fill=False, edgecolor=GOLDEN, linewidth=1.2, label="golden")
+        frame = Rectangle((golden - 0.5, -0.5), 1, tokens, fill=False, edgecolor=GOLDEN, linewidth=1.4, label="golden")
+        frame.set(clip_on=False, zorder=3)
         axes.add_patch(frame)
 
 
-def _plain(axes: Axes, size: int) -> None:
-    """Small tick labels in which $, ^ and _ are letters like any other."""
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set(fontsize=size, parse_math=False)
+def _plain(labels: Sequence[Any], size: int, in_layout: bool = True) -> None:
+    """Small tick labels in which $, ^ and _ are letters like any other; out of the layout, they may reach below it."""
+    for label in labels:
+        label.set(fontsize=size, parse_math=False, in_layout=in_layout)
 
 
 def _emphasise(labels: Sequence[Any], colours: dict[Any, str]) -> None:

@@ -66,7 +66,7 @@ class FinalEvaluation(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained_editor(pl_module)
-        self._records, self._data = test_records(trainer, self.records, self.seed)
+        self._records, self._data = drawn_records(trainer, self.records, self.seed)
         self._sizes = list(dict.fromkeys(min(size, len(self._records)) for size in self.pool_sizes))
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.json"
         self._originals: Answers | None = None
@@ -129,8 +129,8 @@ class FinalEvaluation(L.Callback):
             write_json(self._path, self._report)
 
 
-def test_records(trainer: L.Trainer, count: int, seed: int) -> tuple[list[EditRecord], str]:
-    """`count` test records of the run's DataModule, drawn as `trainers.evaluate` draws them, and what they are in words.
+def drawn_records(trainer: L.Trainer, count: int, seed: int) -> tuple[list[EditRecord], str]:
+    """`count` test records of the run's DataModule, drawn as `trainers.evaluate` does, and where they come from.
 
     Raises:
         TypeError: where the DataModule offers none.
@@ -155,7 +155,7 @@ def flat_metrics(by_size: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def settings(trainer: L.Trainer, editor: str) -> dict[str, Any]:
-    """What tells one run from another: the steps made and, where the command line built the run, its resolved config."""
+    """What tells one run from another: its steps and, where the command line built it, its resolved config."""
     made = {"editor": editor, "steps": trainer.global_step}
     saved = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, SaveConfigCallback)), None)
     if saved is None:

@@ -36,7 +36,7 @@ class Throughput(L.Callback):
         self._rates.update(time=0.0, batches=0, samples=0, lengths=0)
         self._step, self._steps, self._seconds = trainer.global_step, 0, 0.0
         self._tokens = self._queries = 0
-        self._counts = torch.zeros(4, dtype=torch.float64)  # tokens, queries, padding, positions of this optimizer step
+        self._counts = torch.zeros(4, dtype=torch.long)  # tokens, queries, padding, positions of this optimizer step
         self._last = time.perf_counter()
         self._interrupted = False
 
@@ -70,13 +70,11 @@ class Throughput(L.Callback):
             memory = memory_gib(pl_module.device)
             pl_module.log("train/memory_gib", memory, sync_dist=trainer.world_size > 1, reduce_fx="max")
 
-    def _values(self, tokens: float, queries: float, padding: float, positions: float) -> dict[str, float]:
+    def _values(self, tokens: int, queries: int, padding: int, positions: int) -> dict[str, float]:
         """The job's figures after an optimizer step with these counts."""
-        self._steps, self._tokens, self._queries = (
-            self._steps + 1,
-            self._tokens + int(tokens),
-            self._queries + int(queries),
-        )
+        self._steps += 1
+        self._tokens += tokens
+        self._queries += queries
         self._rates.update(time=self._seconds, batches=self._steps, samples=self._queries, lengths=self._tokens)
         rates = self._rates.compute()
         names = {"items": "tokens", "samples": "queries"}  # counted over all ranks already: one "device" is the job
@@ -86,7 +84,7 @@ class Throughput(L.Callback):
 
 
 def count(batch: Any) -> Tensor:
-    """Student tokens, queries, padded positions and all positions of a micro-batch: float64 [4], on its device.
+    """Student tokens, queries, padded positions and all positions of a micro-batch: int64 [4], on its device.
 
     Raises:
         ValueError: for a batch without a tensor named `..._mask`.
@@ -100,7 +98,7 @@ def count(batch: Any) -> Tensor:
     positions = sum(t.numel() for t in (*masks, *blocks))
     filled = torch.stack([t.count_nonzero() for t in (*masks, *blocks)]).sum()
     counts = [tokens, torch.full_like(tokens, len(batch)), positions - filled, torch.full_like(tokens, positions)]
-    return torch.stack(counts).double()
+    return torch.stack(counts)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -82,3 +82,22 @@ def test_real_rows_of_a_general_set(real):
     records = list(read_pairs(real("general/openbookqa/test.json"), edit="instruction", text="output"))
     assert len(records) == 400
     assert all(r.request.text and r.rephrases[0].prompt == "" for r in records)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"), [(1, "a whale"), ("B", "a whale"), ("2", "a whale"), ("c", "a bat"), (0, "a cow")]
+)
+def test_the_right_choice_of_a_question_is_the_text(key, expected):
+    columns = {"fact": "Whales are mammals.", "q": "Which one swims?", "a": "a cow", "b": "a whale", "c": "a bat", "k": key}
+    nested = {"fact": "Whales are mammals.", "q": "Which one swims?", "o": {"text": ["a cow", "a whale", "a bat"]}, "k": key}
+    for row, text in ((columns, ["a", "b", "c"]), (nested, "o.text")):
+        record = next(read_pairs([row], edit="fact", text=text, stem="q", key="k"))
+        assert record.rephrases[0].prompt == "Which one swims?"
+        assert record.rephrases[0].target == expected
+
+
+@pytest.mark.parametrize("key", [7, "Z", None, -1])
+def test_a_key_that_names_no_choice_is_refused(key):
+    row = {"fact": "Whales are mammals.", "a": "a cow", "b": "a whale", "k": key}
+    with pytest.raises(MalformedRecord, match="'k'"):
+        next(read_pairs([row], edit="fact", text=["a", "b"], key="k"))
