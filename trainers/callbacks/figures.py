@@ -139,7 +139,8 @@ def layer_profile(layers: Sequence[int], in_scope: Profile, out_of_scope: Profil
             y = getattr(values, name).float().expand(len(layers)).numpy()
             axes.plot(layers, y, style, color=colour, label=scope, markersize=4, linewidth=1.5)
         axes.set(title=title, xlabel="layer", ylabel=label)
-        axes.set_ylim((-0.03, 1.03) if name != "entropy" else (0, None))
+        highest = max(float(getattr(values, name).max()) for _, values, *_ in drawn)
+        axes.set_ylim((-0.03, 1.03) if name != "entropy" else (0, 1.1 * highest + 0.01))
         axes.xaxis.get_major_locator().set_params(integer=True)
         _open(axes)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -155,7 +156,8 @@ def token_trace(selections: Sequence[Selection]) -> Figure:
     Means over layers. The tokens that predict the answer stand on a grey ground.
     """
     tokens = max(min(len(s.tokens), MOST_TOKENS) for s in selections)
-    figure = _figure(max(5.0, (0.2 * tokens + 1.2) * len(selections)), 4.6)
+    width = max(4.5, 0.2 * tokens + 1.2)  # inches
+    figure = _figure(width * len(selections), 4.8)
     grid = figure.subplots(2, len(selections), sharex="col", sharey="row", squeeze=False, height_ratios=[2, 1])
     for column, selection in enumerate(selections):
         above, below = grid[:, column]
@@ -174,7 +176,7 @@ def token_trace(selections: Sequence[Selection]) -> Figure:
             _open(axes)
         above.set_ylim(-0.03, 1.03)
         above.tick_params(labelbottom=False)
-        above.set_title(_title(selection), fontsize=8, parse_math=False)
+        above.set_title(_title(selection, int(16 * (width - 0.5))), fontsize=8, parse_math=False)
         below.set_xticks(at, selection.tokens[first:], rotation=90)
         _plain(below.get_xticklabels(), 7)
     grid[1, 0].set_ylim(0, 1.1 * max(float(s.entropy.mean(0).max()) for s in selections) + 0.01)
@@ -195,10 +197,11 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def _title(selection: Selection) -> str:
-    answered = {True: " (answered right)", False: " (answered wrong)", None: ""}[selection.right]
-    about = f"edit: {shorten(selection.edit, 70)}" if selection.golden is not None else "about none of the edits"
-    return f"{shorten(selection.question, 70)}{answered}\n{about}"
+def _title(selection: Selection, most: int = 100) -> str:
+    """Query, golden edit and whether the answer is right, in lines of at most `most` characters."""
+    about = f"edit: {selection.edit}" if selection.golden is not None else "about none of the edits"
+    answered = {True: ["answered right"], False: ["answered wrong"], None: []}[selection.right]
+    return "\n".join(shorten(line, most) for line in (selection.question, about, *answered))
 
 
 def _mark(axes: Axes, golden: int | None, zero: int, tokens: int, answer_from: int) -> None:

@@ -1,0 +1,123 @@
+"""Backbones: loading, what is refused, and the switch that turns adapters off."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modules.backbone import PARTS, Backbone, BackboneConfig, adapters_off, load_backbone, load_tokenizer
+
+
+@pytest.mark.parametrize("kind", sorted(PARTS))
+def test_parts_are_there(tiny: Callable[..., Backbone], kind: str) -> None:
+    backbone = tiny(kind)
+    assert len(backbone.layers) == 4
+    assert (backbone.hidden_size, backbone.heads, backbone.head_dim) == (32, 4, 8)
+    for layer in backbone.layers:
+        attention = layer.get_submodule(backbone.parts.attention)
+        attention.get_submodule(backbone.parts.keys)
+        layer.get_submodule(backbone.parts.down)
+    backbone.model.get_submodule(backbone.parts.norm)
+    assert not backbone.model.training
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+
+
+def test_saved_folder_loads_the_same_weights(tiny: Callable[..., Backbone], tmp_path: Path) -> None:
+    backbone = tiny()
+    backbone.model.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    again = load_backbone(BackboneConfig(str(tmp_path)))
+    saved = again.model.state_dict()
+    assert all(torch.equal(t, saved[n]) for n, t in backbone.model.state_dict().items())
+    text = "Zürich, 東京 \n"
+    assert again.tokenizer.decode(again.tokenizer(text)["input_ids"]) == text
+    assert load_backbone(BackboneConfig(str(tmp_path), "bfloat16")).model.dtype == torch.bfloat16
+
+
+def test_random_weights_do_not_depend_on_what_was_drawn_before(tiny_config: Callable[..., BackboneConfig]) -> None:
+    # a resumed run, or an adapter's base, must find the random model that training began with
+    first = load_backbone(tiny_config()).model.state_dict()
+    torch.rand(7)
+    state = torch.get_rng_state()
+    second = load_backbone(tiny_config()).model.state_dict()
+    assert all(torch.equal(first[n], t) for n, t in second.items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_missing_sources_are_named(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    for source in ("gguf:no_such_package", f"gguf:{nowhere}.gguf", nowhere, str(tmp_path)):
+        with pytest.raises(ValueError, match="no_such_package|nowhere|" + tmp_path.name):
+            load_backbone(BackboneConfig(source))
+
+
+def test_unsupported_types_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"random:bert.*llama"):
+        load_backbone(BackboneConfig("random:bert"))
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model("gemma", vocab_size=257, num_key_value_heads=1, head_dim=8, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load_tokenizer(BackboneConfig("random:llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}.*gemma"):
+        load_backbone(BackboneConfig(str(tmp_path)))
+    # no causal language model at all
+    AutoConfig.for_model("vit").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load_backbone(BackboneConfig(str(tmp_path)))
+
+
+def test_missing_or_misshapen_weights_are_named(tiny: Callable[..., Backbone], tmp_path: Path) -> None:
+    backbone = tiny()
+    backbone.model.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    gone = "model.layers.1.self_attn.k_proj.weight"
+    save_file({n: t for n, t in whole.items() if n != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}.*{gone}"):
+        load_backbone(BackboneConfig(str(tmp_path)))
+    save_file(whole | {gone: whole[gone][:3].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load_backbone(BackboneConfig(str(tmp_path)))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load_backbone(BackboneConfig(str(tmp_path)))
+
+
+def test_config_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"backbone\.dtype.*int8"):
+        BackboneConfig(dtype="int8")
+    with pytest.raises(ValueError, match=r"backbone\.source is empty"):
+        BackboneConfig(" ")
+
+
+def test_remote_code_is_never_asked_for_by_itself(tiny: Callable[..., Backbone], tmp_path: Path, monkeypatch) -> None:
+    backbone = tiny()
+    backbone.model.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    asked = []
+    plain = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (asked.append(k["trust_remote_code"]), plain(*a, **k))[1]
+    )
+    load_backbone(BackboneConfig(str(tmp_path)))
+    load_backbone(BackboneConfig(str(tmp_path), trust_remote_code=True))
+    assert asked == [False, True]
+
+
+def test_adapters_off_gives_the_original_and_keeps_gradients(tiny: Callable[..., Backbone]) -> None:
+    model = tiny().model
+    ids = torch.arange(10)[None]
+    before = model(ids).logits
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), model)
+    assert not torch.equal(model(ids).logits, before)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
+        assert torch.equal(model(ids).logits, before)
+        raise RuntimeError("inside")
+    assert not torch.equal(model(ids).logits, before)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
