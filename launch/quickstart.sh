@@ -6,8 +6,14 @@ source "$(dirname "$0")/setup.sh"
 install
 run=runs/quickstart
 export HF_HUB_OFFLINE=1
+# bf16 halves the time where the processor has it, and multiplies it where it has not
+precision=$(python -c "
+import torch
+can = torch.cpu.get_capabilities()
+print('bf16-mixed' if can.get('avx512_bf16') or can.get('amx_bf16') else '32-true')")
 echo "== training (TensorBoard: tensorboard --logdir $run)"
-python -m trainers.fit --config incomes_smollm2.yaml --run_dir "$run" --ckpt_path last "$@"
+python -m trainers.fit --config incomes_smollm2.yaml --run_dir "$run" --ckpt_path last \
+    --trainer.precision "$precision" "$@"
 echo "== export"
 rm -rf "$run/export"
 python -m trainers.export --run_dir "$run" --out "$run/export"

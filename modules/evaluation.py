@@ -3,6 +3,7 @@
 All edits of a pool are in place before the first question is asked, so what is measured is what is retained.
 """
 
+import random
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -190,6 +191,21 @@ def _results(
         }
         for record, left_out in cases
     ]
+
+
+def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
+    """The record with at most `per_kind` rephrases, and locality and portability queries of each kind, drawn by `seed`."""
+    draw = random.Random(f"{seed}/{record.id}")
+
+    def some(queries: Sequence[Query]) -> tuple[Query, ...]:
+        return tuple(draw.sample(list(queries), min(per_kind, len(queries))))
+
+    return replace(
+        record,
+        rephrases=some(record.rephrases),
+        locality={kind: some(queries) for kind, queries in record.locality.items()},
+        portability={kind: some(queries) for kind, queries in record.portability.items()},
+    )
 
 
 def questions(record: EditRecord) -> dict[str, tuple[Query, ...]]:

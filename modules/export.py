@@ -121,7 +121,7 @@ def _own_tensors(module: InComeS) -> dict[str, Tensor]:
 
 def _save_adapter(module: InComeS, folder: Path) -> None:
     language_model = module.gists.language_model
-    config = module.adapter_config()
+    config = module.adapter_config(module.gists.backbone)
     config.base_model_name_or_path = module.backbone_config.source
     config.task_type = "CAUSAL_LM"
     state = get_peft_model_state_dict(language_model, adapter_name="default", state_dict=_adapter_state(language_model))

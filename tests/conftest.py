@@ -1,7 +1,12 @@
 """Tiny random models and records that many tests share."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+# pytest puts tests/ first on the path, where tests/datamodules would be taken for the package of that name
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
@@ -35,8 +40,8 @@ def random_config(kind: str = "llama", **overrides: Any) -> BackboneConfig:
     return BackboneConfig(f"random:{kind}", overrides=SHAPES[kind] | overrides)
 
 
-def random_backbone(kind: str = "llama", seed: int = 0, **overrides: Any) -> Backbone:
-    torch.manual_seed(seed)
+def random_backbone(kind: str = "llama", **overrides: Any) -> Backbone:
+    torch.manual_seed(0)
     backbone = load_backbone(random_config(kind, **overrides))
     for p in backbone.model.parameters():  # biases and norms too: zeros and ones hide mistakes
         if p.dim() == 1:

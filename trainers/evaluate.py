@@ -6,6 +6,7 @@ from pathlib import Path
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig, load_backbone
 from modules.editor import Editor
+from modules.evaluation import fewer_queries
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.command import run
@@ -22,6 +23,7 @@ def evaluate(
     records: int = 100,
     pool_sizes: list[int] | None = None,
     singles: int = 20,
+    queries_per_kind: int | None = None,
     exact_match: bool = True,
     out: str = "evaluation.json",
     seed: int = 0,
@@ -37,6 +39,7 @@ def evaluate(
         records: how many records, drawn by `seed`.
         pool_sizes: how many edits stand at once.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
+        queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
         exact_match: also generate and compare whole answers.
         out: the JSON file.
         seed: draws the records, and the bootstrap.
@@ -55,11 +58,13 @@ def evaluate(
         raise ValueError("nothing to evaluate on: give --editor DIR, or --backbone.source for the baselines")
     model = load_backbone(backbone) if backbone else trained[0].model.reader
     every = load(data)
-    chosen = random.Random(seed).sample(range(len(every)), min(records, len(every)))
+    chosen = every.records(random.Random(seed).sample(range(len(every)), min(records, len(every))))
+    if queries_per_kind:
+        chosen = [fewer_queries(record, queries_per_kind, seed) for record in chosen]
     run_evaluation(
         [*(BASELINES[name]() for name in baselines), *trained],
         model,
-        every.records(chosen),
+        chosen,
         pool_sizes or [1, 10, 100],
         exact_match,
         Path(out),

@@ -49,7 +49,7 @@ def run_evaluation(
     """
     _check(editors, records, pool_sizes)
     sizes = sorted({min(size, len(records)) for size in pool_sizes})
-    if sizes != list(pool_sizes):
+    if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
     report = new_report(backbone, records, sizes, data, seed)

@@ -106,10 +106,13 @@ class GistCollator:
         self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
     def fits(self, record: EditRecord) -> bool:
-        """Whether a record is short enough to train on (paper, section 1.5 of the methods page)."""
+        """Whether a record is short enough to train on (paper, section 1.5 of the methods page), and asks anything."""
         longest = max(len(encode(self.tokenizer, "", r.statement).ids) for r in record.requests)
-        queries = [(q.prompt, q.target) for qs in _by_kind(record).values() for q in qs]
-        total = longest + max((len(encode(self.tokenizer, p, t).ids) for p, t in queries), default=0) + len(self.newline)
+        by_kind = _by_kind(record)
+        if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
+            return False  # a bare statement, of which nothing is asked
+        queries = [(q.prompt, q.target) for qs in by_kind.values() for q in qs]
+        total = longest + max(len(encode(self.tokenizer, p, t).ids) for p, t in queries) + len(self.newline)
         return longest <= self.config.max_edit_tokens and total <= self.config.max_query_tokens
 
     def __call__(self, slots: Sequence[Slot]) -> GistBatch:
@@ -139,7 +142,9 @@ class GistCollator:
             q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)
         ]
         kinds = [k for k, rate in self.config.rates.items() if rate and options[k]]
-        kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else "request"
+        # a record that has none of the wanted kinds is asked what it has, the edit itself before all
+        other: Kind = next(k for k in options if options[k])
+        kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else other
         return draw.choice(options[kind]), kind != "locality"
 
     def _tensors(
@@ -151,7 +156,7 @@ class GistCollator:
             encoded = encode(self.tokenizer, row.query.prompt, row.query.target, bos=False)
             ids = list(encoded.ids)
             # free text has no stem: its first tokens cannot be known from the edit (released code)
-            start = encoded.target_start or min(len(ids) // 2, 12)
+            start = (encoded.target_start if row.query.prompt else 0) or min(len(ids) // 2, 12)
             queries.append(ids)
             answers.append([i >= start for i in range(len(ids))])
             context = [*edit_ids[row.edit], *self.newline] if row.in_scope else []

@@ -32,7 +32,7 @@ def calibrate(model: GistModel, records: Sequence[EditRecord], seed: int, steps:
         torch.manual_seed(seed)
         if model.matcher is not None:
             _fit(model.matcher, _states(model, records), random.Random(seed), steps, pool)
-        elif model.config.zero_key == "mean_query":
+        if len(model.selectors) and model.config.zero_key == "mean_query":
             _mean_queries(model, [text for r in records for text in _texts(r)])
 
 

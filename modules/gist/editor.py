@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,10 +81,21 @@ class GistEdited(Edited):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no {name}; give a folder that an edited model was saved to")
         requests = [EditRequest(**r) for r in json.loads((folder / "pool.json").read_text(encoding="utf-8"))]
-        pool = GistPool.from_tensors(load_file(folder / "pool.safetensors", device=str(model.backbone.device)))
-        gists = next(iter(pool.layers.values()), None)
-        expected = (model.backbone.key_value_heads, model.backbone.head_dim)
-        if set(pool.layers) - set(model.active) or (gists is not None and gists.keys.shape[1:] != expected):
+        try:
+            flat = load_file(folder / "pool.safetensors", device=str(model.backbone.device))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'pool.safetensors'} cannot be read: {error}; encode its edits again") from error
+        pool = GistPool.from_tensors(flat)
+        backbone = model.backbone
+        shapes = {n: t.shape[1:] for n, t in flat.items()}
+        expected = {
+            f"layers.{i}.{n}": (backbone.key_value_heads, backbone.head_dim)
+            for i in model.active
+            for n in ("keys", "values")
+        }
+        if model.matcher is not None:
+            expected["address"] = (backbone.hidden_size,)
+        if flat and shapes != expected:
             raise ValueError(f"the pool in {folder} was encoded by another model; encode its edits again")
         if len(requests) != len(pool):
             raise ValueError(f"{folder}: pool.json lists {len(requests)} edits, pool.safetensors holds {len(pool)}")
@@ -110,12 +122,13 @@ class GistEditor(Editor):
                 f"this editor was trained on {own.config.source!r} ({own.model.config.model_type}); it cannot edit "
                 f"{backbone.config.source!r} ({backbone.model.config.model_type})"
             )
-        was_training = self.model.training
+        training = [m for m in self.model.modules() if m.training]  # a frozen part may be in eval mode by itself
         self.model.eval()
         try:
             yield GistEdited(self.model, [], GistPool()).add(requests)
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
 
 
 @torch.no_grad()

@@ -51,6 +51,10 @@ class GistConfig:
         if not 0 <= self.match_layer < 1:
             raise ValueError(f"gist.match_layer is a share of the depth, 0 <= share < 1, got {self.match_layer}")
 
+    def active(self, depth: int) -> range:
+        """The layers that take part, of a model of so many."""
+        return range(depth // 2 if self.layers == "upper" else 0, depth)
+
 
 class GistModel(nn.Module):
     """A backbone with a gist token of its own and the modules that select among gists.
@@ -68,7 +72,7 @@ class GistModel(nn.Module):
         install(backbone)
         install(self.reader)
         count = len(backbone.layers)
-        self.active = range(count // 2 if config.layers == "upper" else 0, count)
+        self.active = config.active(count)
         self.match_layer = min(int(count * config.match_layer), self.active.start)
         embeddings = backbone.model.get_input_embeddings().weight
         self.gist_embedding = nn.Parameter(embeddings.detach().float().mean(0))

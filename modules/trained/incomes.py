@@ -201,6 +201,8 @@ class InComeS(L.LightningModule):
                 if self.teacher_dtype:
                     teacher.to(getattr(torch, self.teacher_dtype))
                 self._outside["teacher"] = teacher
+            else:  # before the gists' hooks, which must see the adapted keys
+                inject_adapter_in_model(self.adapter_config(backbone), backbone.model)
             self.model = GistModel(backbone, self.gist_config, self._original_reader(backbone))
             self._unfreeze(self.model)
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
@@ -208,6 +210,7 @@ class InComeS(L.LightningModule):
             rank_zero_info(f"calibrating selection on {self.calibration_records} training records ...")
             records = datamodule.calibration_records(self.calibration_records)
             calibrate(self.model, records, self.seed, self.calibration_steps)
+        self.model.train()
         if self.gradient_checkpointing:
             if backbone.model.config.model_type == "gptj" or (self.train_part == "lora" and self.reader == "original"):
                 raise ValueError(
@@ -223,14 +226,14 @@ class InComeS(L.LightningModule):
             return WithoutAdapters(backbone.model, backbone.tokenizer, backbone.config)
         return Backbone(self._outside["teacher"], backbone.tokenizer, backbone.config)
 
-    def adapter_config(self) -> LoraConfig:
+    def adapter_config(self, backbone: Backbone) -> LoraConfig:
         """peft's description of the adapters (`train: lora`)."""
         return LoraConfig(
             r=self.lora.rank,
             lora_alpha=self.lora.alpha,
             target_modules=self.lora.targets,
-            layers_to_transform=list(self.gists.active),
-            layers_pattern=self.gists.backbone.parts.layers.split(".")[-1],
+            layers_to_transform=list(self.gist_config.active(len(backbone.layers))),
+            layers_pattern=backbone.parts.layers.split(".")[-1],
         )
 
     def _unfreeze(self, model: GistModel) -> None:
@@ -243,7 +246,6 @@ class InComeS(L.LightningModule):
             if self.reader == "student":  # compression never reaches the last norm
                 language_model.get_submodule(model.backbone.parts.norm).requires_grad_(True)
         else:
-            inject_adapter_in_model(self.adapter_config(), language_model)
             for name, p in language_model.named_parameters():
                 p.requires_grad_("lora_" in name)
 
@@ -255,10 +257,12 @@ class InComeS(L.LightningModule):
     def teaching(self) -> Iterator[nn.Module]:
         """The original model: the frozen copy, or the student with its adapters off."""
         student_trains = self.gists.language_model.training
-        with adapters_off(self.gists.language_model):
-            self.teacher.eval()
-            yield self.teacher
-        self.gists.language_model.train(student_trains)
+        try:
+            with adapters_off(self.gists.language_model):
+                self.teacher.eval()
+                yield self.teacher
+        finally:
+            self.gists.language_model.train(student_trains)
 
     def editor(self) -> GistEditor:
         """This module as an editor (contract of modules/editor.py)."""

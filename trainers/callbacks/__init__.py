@@ -1,1 +1,10 @@
 """Lightning callbacks, one a file, for the `trainer.callbacks` of a config."""
+
+from trainers.callbacks.final_evaluation import FinalEvaluation
+from trainers.callbacks.grad_norm import GradNorm
+from trainers.callbacks.pool_sizes import PoolSizes
+from trainers.callbacks.sample_edits import SampleEdits
+from trainers.callbacks.selection_figures import SelectionFigures
+from trainers.callbacks.throughput import Throughput
+
+__all__ = ["FinalEvaluation", "GradNorm", "PoolSizes", "SampleEdits", "SelectionFigures", "Throughput"]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, evaluate
+from modules.evaluation import Answers, evaluate, fewer_queries
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.callbacks.common import trained_editor, untouched
 from trainers.report import COLUMNS, Report, add_evaluation, add_failure, new_report, print_table, write_json
@@ -40,8 +40,9 @@ class FinalEvaluation(L.Callback):
         before: evaluate the untrained editor too.
         baselines: evaluate the unedited model, in-context learning with all edits, and with the right edit alone.
         pool_1_records: at pool size 1, where each record is a pool of its own, take only so many records.
+        queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
         batch_size: queries in one forward pass.
-        seed: draws the records, and the bootstrap.
+        seed: draws the records and their queries, and the bootstrap.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class FinalEvaluation(L.Callback):
         before: bool = True,
         baselines: bool = True,
         pool_1_records: int = 20,
+        queries_per_kind: int | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
@@ -62,12 +64,15 @@ class FinalEvaluation(L.Callback):
             )
         self.records, self.exact_match, self.before, self.baselines = records, exact_match, before, baselines
         self.pool_1_records, self.batch_size, self.seed = pool_1_records, batch_size, seed
+        self.queries_per_kind = queries_per_kind
         self._report: Report = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained_editor(pl_module)
         self._records, self._data = drawn_records(trainer, self.records, self.seed)
-        self._sizes = list(dict.fromkeys(min(size, len(self._records)) for size in self.pool_sizes))
+        if self.queries_per_kind:
+            self._records = [fewer_queries(r, self.queries_per_kind, self.seed) for r in self._records]
+        self._sizes = sorted({min(size, len(self._records)) for size in self.pool_sizes})
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.json"
         self._originals: Answers | None = None
 
@@ -108,7 +113,7 @@ class FinalEvaluation(L.Callback):
                 self._add(trainer, editor.name + suffix, editor, backbone)
 
     def _add(self, trainer: L.Trainer, name: str, editor: Editor, backbone: Backbone) -> None:
-        for size in self._sizes:
+        for size in self._sizes if editor.reads_pool else self._sizes[-1:]:
             rank_zero_info(f"evaluating {name} with {size} edits ...")
             try:
                 found = evaluate(

@@ -49,7 +49,7 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if False:
+        if self._interrupted:
             self._last = time.perf_counter()
         self._interrupted = False
 

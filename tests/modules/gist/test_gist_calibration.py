@@ -1,0 +1,88 @@
+"""Where selection starts."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from datamodules.readers.facts import read_facts
+from datamodules.records import EditRecord
+from modules.gist.calibration import _ask, _states, calibrate
+from modules.gist.model import GistModel
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[EditRecord]:
+    return [r for r, _ in zip(read_facts("train", cities_per_country=3), range(48), strict=False)]
+
+
+@torch.no_grad()
+def right(model: GistModel, facts: list[EditRecord]) -> float:
+    """Share of queries that find their edit, or none where they are out of scope."""
+    assert model.matcher is not None
+    logp, golden = _ask(model.matcher, _states(model, facts), random.Random(0))
+    return float((logp.argmax(-1) == golden).float().mean())
+
+
+@pytest.mark.parametrize("selection", ["hidden", "both"])
+def test_reproducible_and_leaves_the_rest_alone(
+    tiny_gists: Callable[..., GistModel], facts: list[EditRecord], selection: str
+) -> None:
+    made = []
+    for burn in (0, 5):
+        model = tiny_gists(selection=selection)
+        model.requires_grad_(False)
+        assert model.matcher is not None
+        model.matcher.map.requires_grad_(True)
+        wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+        before = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("matcher.")}
+        torch.rand(burn)
+        state, python_state = torch.get_rng_state(), random.getstate()
+        calibrate(model, facts, seed=1, steps=3, pool=16)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert random.getstate() == python_state
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
+        made.append(model.matcher.state_dict())
+    assert all(torch.equal(t, made[1][n]) for n, t in made[0].items())
+
+
+def test_retrieval_improves(tiny_gists: Callable[..., GistModel], facts: list[EditRecord]) -> None:
+    model = tiny_gists(selection="hidden")
+    calibrate(model, facts, seed=0, steps=0)
+    whitened = right(model, facts)
+    calibrate(model, facts, seed=0, steps=60)
+    # the byte embeddings of a random model say little; to fit its own cases is what can be asked
+    assert right(model, facts) > whitened + 0.05
+
+
+def test_mean_query_starts_at_nothing(tiny_gists: Callable[..., GistModel], facts: list[EditRecord]) -> None:
+    model = tiny_gists(selection="qk", zero_key="mean_query")
+    before = [s.zero_key.clone() for s in model.selectors.values()]
+    others = {n: t.clone() for n, t in model.state_dict().items() if "zero_key" not in n}
+    calibrate(model, facts[:8], seed=0)
+    for old, selector in zip(before, model.selectors.values(), strict=True):
+        assert not torch.allclose(selector.zero_key, old)
+        assert selector.zero_key.requires_grad
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in others.items())
+
+
+def test_both_with_mean_query_sets_the_zero_keys_too(tiny_gists: Callable[..., GistModel], facts: list[EditRecord]) -> None:
+    model = tiny_gists(selection="both", zero_key="mean_query")
+    before = [s.zero_key.clone() for s in model.selectors.values()]
+    calibrate(model, facts[:8], seed=0, steps=1)
+    assert not any(torch.equal(s.zero_key, old) for s, old in zip(model.selectors.values(), before, strict=True))
+
+
+def test_published_start_stays(tiny_gists: Callable[..., GistModel], facts: list[EditRecord]) -> None:
+    model = tiny_gists(selection="qk", zero_key="normal")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    calibrate(model, facts[:8], seed=0)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
+
+
+def test_records_are_needed(tiny_gists: Callable[..., GistModel]) -> None:
+    with pytest.raises(ValueError, match="calibration needs training records"):
+        calibrate(tiny_gists(selection="hidden"), [], seed=0)
