@@ -1,7 +1,7 @@
 """The one record type that every reader produces and every editor consumes.
 
-A record is one published case: what is to be edited, and the questions by which the edit is judged. Nothing here knows of
-tokens, models or files.
+A record is one published case: what is to be edited, and the questions by which the edit is judged. Nothing here knows
+of tokens, models or files.
 """
 
 import json

@@ -80,6 +80,6 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to pad with; it is always masked, so any will do where the tokenizer names none."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
+        if isinstance(candidate, int):
+            return candidate
     return 0

@@ -147,6 +147,10 @@ class Backbone:
     def device(self) -> torch.device:
         return self.model.device
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of last hidden states [..., d]: [..., V]."""
+        return self.model.get_output_embeddings()(hidden)  # type: ignore[misc]
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [..., d] of ids [...]."""
         return self.model.get_input_embeddings()(ids)
@@ -180,9 +184,7 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
         if kind == "gguf":
             file = _gguf_file(name)
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        return AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Backbone:
@@ -211,9 +213,10 @@ def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | N
     else:
         options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         with _naming(config.source):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **options, **config.overrides
             )
+            model, info = loaded
         _refuse_missing(config.source, model, info)
     if config.liger:
         _apply_liger(model)
@@ -244,7 +247,7 @@ def _gguf_file(name: str) -> Path:
 
 
 def _plain(model: PreTrainedModel, config: BackboneConfig, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The same weights in a model that does not believe to be quantised, so that it casts, trains and saves as usual."""
+    """The same weights in a model that does not believe to be quantised: it casts, trains and saves as usual."""
     shape = model.config.to_dict()
     for key in ("quantization_config", "model_type"):
         shape.pop(key, None)
@@ -278,8 +281,8 @@ class _naming:
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if isinstance(error, Exception):
             raise ValueError(
-                f"cannot load backbone {self.source!r}: {str(error)[:500]}\nGive backbone.source a Hugging Face name, a local "
-                f"folder, gguf:FILE or gguf:PACKAGE, or random:TYPE."
+                f"cannot load backbone {self.source!r}: {str(error)[:500]}\nGive backbone.source a Hugging Face name, "
+                f"a local folder, gguf:FILE or gguf:PACKAGE, or random:TYPE."
             ) from error
 
 

@@ -110,7 +110,7 @@ class Edited:
         labels = torch.cat([ids[b, span.start : span.stop] for b, span in enumerate(spans)])
         log_probs, predicted = [], []
         for h, label in zip(picked.split(512), labels.split(512), strict=True):  # never [all tokens, V]
-            logp = self.backbone.model.get_output_embeddings()(h).float().log_softmax(-1)
+            logp = self.backbone.logits(h).float().log_softmax(-1)
             log_probs.append(logp.gather(1, label[:, None])[:, 0].cpu())
             predicted.append(logp.argmax(-1).cpu())
         sizes = [len(s) for s in spans]
@@ -131,7 +131,7 @@ class Edited:
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
             for i, new in zip(batch, self._generate([rows[i] for i in batch], max_new_tokens), strict=True):
-                texts[i] = tokenizer.decode(new, skip_special_tokens=True)
+                texts[i] = str(tokenizer.decode(new, skip_special_tokens=True))
         return [texts[i] for i in range(len(rows))]
 
     def _generate(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -140,19 +140,18 @@ class Edited:
         _, mask, options = self._after_prefix(mask)
         self._check_room(mask.shape[1] + max_new_tokens - 1)  # the last new token is not read again
         cache = options.get("past_key_values") or DynamicCache(config=self.backbone.model.config)
-        ends = {tokenizer.eos_token_id} - {None}
+        end: Any = tokenizer.eos_token_id
         new: list[list[int]] = [[] for _ in rows]
         done = [False] * len(rows)
-        state = None
+        state: Any = None
         for _ in range(max_new_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out, state = self.decode(
-                ids, mask, state, past_key_values=cache, position_ids=positions, use_cache=True
-            )
-            ids = self.backbone.model.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+            out, state = self.decode(ids, mask, state, past_key_values=cache, position_ids=positions, use_cache=True)
+            ids = self.backbone.logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            for b, token in enumerate(ids[:, 0].tolist()):
-                done[b] = done[b] or token in ends
+            tokens: list[int] = ids[:, 0].tolist()
+            for b, token in enumerate(tokens):
+                done[b] = done[b] or token == end
                 if not done[b]:
                     new[b].append(token)
             if all(done):

@@ -194,7 +194,7 @@ def _results(
 
 
 def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
-    """The record with at most `per_kind` rephrases, and locality and portability queries of each kind, drawn by `seed`."""
+    """The record with at most `per_kind` rephrases, and other queries of each kind, drawn by `seed`."""
     draw = random.Random(f"{seed}/{record.id}")
 
     def some(queries: Sequence[Query]) -> tuple[Query, ...]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.backbone import BackboneConfig, load_backbone
+from modules.backbone import BackboneConfig
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig, GistModel
 from modules.trained.incomes import InComeS, LoraOptions
@@ -79,32 +80,44 @@ def load_editor(folder: Path | str) -> GistEditor:
     folder = Path(folder)
     file = folder / "editor.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is no exported editor: it has no editor.json. Make one with `python -m trainers.export`")
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    if facts.get("format") != FORMAT or facts.get("editor") != "incomes":
-        raise ValueError(f"{file}: format {facts.get('format')!r} of editor {facts.get('editor')!r} is not known here")
-    if not (folder / "editor.safetensors").is_file():
-        raise ValueError(f"{folder} has no editor.safetensors; export again")
-    backbone = BackboneConfig(**facts["backbone"])
-    lora = facts["train"] == "lora"
-    module = InComeS(
-        backbone if lora else BackboneConfig(str(folder), backbone.dtype, backbone.attention),
-        GistConfig(**facts["gist"]),
-        train=facts["train"],
-        reader=facts["reader"],
-        lora=LoraOptions(**facts["lora"]),
-    )
+        raise ValueError(
+            f"{folder} is no exported editor: it has no editor.json. Make one with `python -m trainers.export`"
+        )
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT or facts["editor"] != "incomes":
+            raise ValueError(f"format {facts['format']!r} of editor {facts['editor']!r} is not known here")
+        backbone = BackboneConfig(**facts["backbone"])
+        lora = facts["train"] == "lora"
+        module = InComeS(
+            backbone if lora else BackboneConfig(str(folder), backbone.dtype, backbone.attention),
+            GistConfig(**facts["gist"]),
+            train=facts["train"],
+            reader=facts["reader"],
+            lora=LoraOptions(**facts["lora"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error!r}; export again") from error
+    saved = _load(folder / "editor.safetensors")
     model = module.gists
-    saved = load_file(folder / "editor.safetensors")
     if lora:
-        adapter = load_file(folder / "adapter_model.safetensors")
+        adapter = _load(folder / "adapter_model.safetensors")
         saved |= {_ENCODER + _from_peft(name): t for name, t in adapter.items()}
     wanted = set(_trained(module))
     if not lora and module.reader == "student":
         wanted = {n for n in wanted if not n.startswith(_ENCODER)}  # it is the plain model, loaded already
     _fill(model, saved, wanted, folder)
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()
     return module.editor()
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}; export again")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}; export again") from error
 
 
 def _trained(module: InComeS) -> dict[str, Tensor]:
@@ -125,7 +138,9 @@ def _save_adapter(module: InComeS, folder: Path) -> None:
     config.base_model_name_or_path = module.backbone_config.source
     config.task_type = "CAUSAL_LM"
     state = get_peft_model_state_dict(language_model, adapter_name="default", state_dict=_adapter_state(language_model))
-    save_file({f"base_model.model.{n}": t.cpu().contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{n}": t.cpu().contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors"
+    )
     config.save_pretrained(str(folder))
 
 
@@ -153,4 +168,8 @@ def _fill(model: GistModel, saved: dict[str, Tensor], wanted: set[str], folder: 
     missing, extra = sorted(wanted - set(saved)), sorted(set(saved) - wanted)
     if missing or extra:
         raise ValueError(f"{folder}: tensors do not fit editor.json: missing {missing[:3]}, unknown {extra[:3]}")
+    shapes = {n: t.shape for n, t in model.state_dict(keep_vars=True).items()}
+    wrong = [n for n, t in saved.items() if t.shape != shapes[n]]
+    if wrong:
+        raise ValueError(f"{folder}: tensors do not fit editor.json: of another shape {sorted(wrong)[:3]}")
     model.load_state_dict(saved, strict=False)

@@ -23,7 +23,9 @@ def find_config(name: str) -> str:
         if candidate.is_file():
             return str(candidate)
     known = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml"))
-    raise FileNotFoundError(f"no config {name!r}, neither as a path nor in {CONFIGS.name}/; there are: {', '.join(known)}")
+    raise FileNotFoundError(
+        f"no config {name!r}, neither as a path nor in {CONFIGS.name}/; there are: {', '.join(known)}"
+    )
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """A command from a typed function: its signature is the command line and the YAML schema."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,14 +17,14 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
     What a user did wrong (ValueError, missing or existing files) ends the program with exit code 1 and one line.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = ArgumentParser(prog=f"python -m trainers.{function.__name__}", description=(function.__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(
+        prog=f"python -m trainers.{function.__name__}", description=(function.__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--config", action="config", help="YAML, by path or by bare name in configs/")
     parser.add_function_arguments(function)
     try:
-        given = parser.instantiate_classes(parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args)))
-        values = {name: value for name, value in given.as_dict().items() if name != "config"} | {
-            name: given[name] for name in given.keys() if name != "config" and "." not in name
-        }
-        return function(**values)
+        given: Any = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
+        built: Any = parser.instantiate_classes(given)
+        return function(**{name: built[name] for name in inspect.signature(function).parameters})
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")

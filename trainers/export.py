@@ -1,4 +1,4 @@
-"""Turn a run's checkpoint into an editor: `python -m trainers.export --run_dir runs/incomes_smollm2 --out my_editor`."""
+"""Turn a run's checkpoint into an editor: `python -m trainers.export --run_dir runs/NAME --out DIR`."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,12 @@ def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}")
     # the machine that exports need not be the one that trained
-    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
+    here = [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.strategy=auto",
+        "--trainer.precision=32-true",
+    ]
     cli = TrainingCLI([f"--config={config}", *here])
     saved = torch.load(file, map_location="cpu", weights_only=True)
     cli.model.on_load_checkpoint(saved)
@@ -41,7 +46,7 @@ def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None
         "metrics": json.loads(results.read_text(encoding="utf-8")).get("aggregate") if results.is_file() else None,
     }
     write(cli.model, target, about)
-    print(f"wrote {target} (step {about['step']}); try: python -m trainers.edit --editor {target} --edits FILE --prompt ...")
+    print(f"wrote {target} (step {about['step']}); python -m trainers.edit --editor {target} edits with it")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ COLUMNS = (
     ("multi_hop/exact_match", "Hops EM", "Hops EM"),
 )
 LEGEND = (
-    "Percent, means over records; pool: records edited at once. Teacher-forced token accuracy; locality: agreement with the unedited model; "
-    "multi-hop: best question and alias."
+    "Percent, means over records; pool: records edited at once. Teacher-forced token accuracy; locality: agreement "
+    "with the unedited model; multi-hop: best question and alias."
 )
 EXACT_LEGEND = " EM: exact match of the greedy answer."
 

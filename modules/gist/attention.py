@@ -99,7 +99,7 @@ def install(backbone: Backbone) -> None:
         ValueError: where the attention implementation in use is not known to transformers.
     """
     model, parts = backbone.model, backbone.parts
-    base = model.config._attn_implementation
+    base = str(model.config._attn_implementation)
     if base.startswith(PREFIX) or getattr(model, "_carries_gists", False):
         return
     for i, layer in enumerate(backbone.layers):
@@ -195,8 +195,8 @@ def told(backbone: Backbone, call: GistCall | None) -> Iterator[None]:
 
 
 def _adapt_gptj(layer: nn.Module, attention: nn.Module) -> None:
-    """GPT-J does not use the attention interface: its one inner function is wrapped, and its layers are told the call."""
-    plain = attention._attn  # type: ignore[attr-defined]
+    """GPT-J does not use the attention interface: wrap its one inner function; its layers are told the call."""
+    plain: Callable[..., tuple[Tensor, Any]] = attention._attn  # type: ignore[assignment]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
         unrotated = attention.__dict__.pop("unrotated_keys", None)

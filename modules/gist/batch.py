@@ -4,8 +4,8 @@ B queries, N distinct edits, T tokens.
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ class GistBatch:
         golden: the edit each query should read [B]; -1: none.
         visible: the edits in each query's pool [B, N].
         answer: tokens of the query that are its answer [B, T].
-        teacher, teacher_positions, teacher_blocks: [B, T'] the teacher's packed rows: edit, newline, query (block 1, only
-            for a query with an edit) and the query alone (block 2); 0 pads.
+        teacher, teacher_positions, teacher_blocks: [B, T'] the teacher's packed rows: edit, newline, query (block 1,
+            only for a query with an edit) and the query alone (block 2); 0 pads.
         with_edit, alone: where the query begins in the teacher's row, in either block [B].
         records: ids, for messages.
     """
@@ -50,12 +50,14 @@ class GistBatch:
     records: list[str]
 
     def to(self, device: torch.device) -> "GistBatch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return GistBatch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "GistBatch":
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return GistBatch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in pinned.items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "GistBatch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"}
+        return replace(self, **{name: change(t) for name, t in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -84,7 +86,8 @@ class QueryConfig:
         wrong = [k for k in self.rates if k not in known]
         if wrong or any(r < 0 for r in self.rates.values()) or not any(self.rates.values()):
             raise ValueError(
-                f"queries.rates must give non-negative rates, not all zero, to some of {', '.join(known)}; got {self.rates}"
+                f"queries.rates must give non-negative rates, not all zero, to some of {', '.join(known)}; "
+                f"got {self.rates}"
             )
         if self.per_record < 1:
             raise ValueError(f"queries.per_record must be at least 1, got {self.per_record}")
@@ -135,13 +138,11 @@ class GistCollator:
         return self._tensors(edit_ids, edit_pool, rows, [s.record.id for s in slots])
 
     def _draw(self, draw: random.Random, slot: Slot, subjects: set[str]) -> tuple[Query, bool]:
-        """One query of a record. A locality query that speaks of another edit's subject is in nobody's scope: skip it."""
+        """One query of a record; a locality query that speaks of another edit's subject is no longer out of scope."""
         options = _by_kind(slot.record)
         own = slot.record.request.subject
-        options["locality"] = [
-            q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)
-        ]
-        kinds = [k for k, rate in self.config.rates.items() if rate and options[k]]
+        options["locality"] = [q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)]
+        kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
         # a record that has none of the wanted kinds is asked what it has, the edit itself before all
         other: Kind = next(k for k in options if options[k])
         kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else other
@@ -187,7 +188,7 @@ class GistCollator:
         )
 
 
-def _by_kind(record: EditRecord) -> dict[str, list[Query]]:
+def _by_kind(record: EditRecord) -> dict[Kind, list[Query]]:
     request = record.request
     return {
         "request": [Query(request.prompt, (request.target,))] if request.target else [],

@@ -28,7 +28,7 @@ class GistEdited(Edited):
     """
 
     def __init__(self, model: GistModel, requests: Sequence[EditRequest], pool: GistPool) -> None:
-        super().__init__(model.backbone, bos=False)  # as in training (released code)
+        super().__init__(model.reader, bos=False)  # as in training (released code)
         self.model = model
         self.requests = tuple(requests)
         self.pool = pool
@@ -84,11 +84,13 @@ class GistEdited(Edited):
         try:
             flat = load_file(folder / "pool.safetensors", device=str(model.backbone.device))
         except SafetensorError as error:
-            raise ValueError(f"{folder / 'pool.safetensors'} cannot be read: {error}; encode its edits again") from error
+            raise ValueError(
+                f"{folder / 'pool.safetensors'} cannot be read: {error}; encode its edits again"
+            ) from error
         pool = GistPool.from_tensors(flat)
         backbone = model.backbone
         shapes = {n: t.shape[1:] for n, t in flat.items()}
-        expected = {
+        expected: dict[str, tuple[int, ...]] = {
             f"layers.{i}.{n}": (backbone.key_value_heads, backbone.head_dim)
             for i in model.active
             for n in ("keys", "values")
@@ -105,8 +107,8 @@ class GistEdited(Edited):
 class GistEditor(Editor):
     """The editor of a trained gist model.
 
-    Full training changes the model itself, so the model that answers is the editor's own; the backbone that is passed to
-    `edit` must be of the same kind, and stays untouched.
+    Full training changes the model itself, so the model that answers is the editor's own; the backbone that is passed
+    to `edit` must be of the same kind, and stays untouched.
     """
 
     name = "incomes"
@@ -117,7 +119,9 @@ class GistEditor(Editor):
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[GistEdited]:
         own = self.model.backbone
-        if backbone.model.config.model_type != own.model.config.model_type or len(backbone.tokenizer) != len(own.tokenizer):
+        if backbone.model.config.model_type != own.model.config.model_type or len(backbone.tokenizer) != len(
+            own.tokenizer
+        ):
             raise ValueError(
                 f"this editor was trained on {own.config.source!r} ({own.model.config.model_type}); it cannot edit "
                 f"{backbone.config.source!r} ({backbone.model.config.model_type})"

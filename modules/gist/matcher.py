@@ -39,8 +39,9 @@ class GistMatcher(nn.Module):
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.map = nn.Parameter(torch.eye(hidden_size))
         self.emphasis = nn.Parameter(torch.zeros(hidden_size))  # which of an edit's tokens make its address
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.threshold = nn.Parameter(torch.tensor(threshold), requires_grad=zero_gist)
+        # of one element, not scalars: DeepSpeed broadcasts parameters as bytes, which a scalar has no view of
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
+        self.threshold = nn.Parameter(torch.tensor([threshold]), requires_grad=zero_gist)
 
     @torch.no_grad()
     def whiten(self, states: Tensor, ridge: float = 0.03) -> None:

@@ -60,21 +60,27 @@ class GistModel(nn.Module):
     """A backbone with a gist token of its own and the modules that select among gists.
 
     The gist token stands outside the vocabulary: its embedding is a parameter here, and is fed as an embedding. So the
-    vocabulary, the head and the teacher stay as they are (the released code adds a row to both, which the teacher lacks).
+    vocabulary, the head and the teacher stay as they are (the released code adds a row, which the teacher lacks).
+
+    `reader`, where it is not the backbone itself, is the unedited model that reads what the backbone wrote.
     """
+
+    reader: Backbone
 
     def __init__(self, backbone: Backbone, config: GistConfig, reader: Backbone | None = None) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.language_model = backbone.model
-        self.__dict__["reader"] = reader or backbone  # not a submodule: an original that reads is neither trained nor saved
+        self.__dict__["reader"] = (
+            reader or backbone
+        )  # not a submodule: an original that reads is neither trained nor saved
         install(backbone)
         install(self.reader)
         count = len(backbone.layers)
         self.active = config.active(count)
         self.match_layer = min(int(count * config.match_layer), self.active.start)
-        embeddings = backbone.model.get_input_embeddings().weight
+        embeddings: Tensor = backbone.model.get_input_embeddings().weight  # type: ignore[assignment]
         self.gist_embedding = nn.Parameter(embeddings.detach().float().mean(0))
         self.selectors = nn.ModuleDict()
         self.matcher = None

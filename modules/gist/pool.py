@@ -46,9 +46,7 @@ class GistPool:
         if len(pools) < 2:
             return pools[0] if pools else GistPool()
         layers = {
-            i: LayerGists(
-                torch.cat([p.layers[i].keys for p in pools]), torch.cat([p.layers[i].values for p in pools])
-            )
+            i: LayerGists(torch.cat([p.layers[i].keys for p in pools]), torch.cat([p.layers[i].values for p in pools]))
             for i in pools[0].layers
         }
         addresses = [p.address for p in pools if p.address is not None]

@@ -1,6 +1,7 @@
-"""InComeS: compress every edit into a gist, let tokens select among gists, learn both from a teacher that reads the edit.
+"""InComeS: compress an edit into a gist, let tokens select among gists, learn both from a teacher that reads the edit.
 
-Paper: arXiv 2505.22156; where the released code differs, a switch says so. B queries, T tokens, n scored tokens, N edits.
+Paper: arXiv 2505.22156; where the released code differs, a switch says so.
+B queries, T tokens, n scored tokens, N edits.
 """
 
 import copy
@@ -73,8 +74,8 @@ class OptimizerConfig:
     """AdamW, linear warm-up, cosine decay to a floor (paper, appendix A).
 
     Args:
-        lr: peak rate of the language model's parameters.
-        selection_lr: peak rate of the gist token and of selection; `lr` where None.
+        lr: peak rate of the language model's parameters and the gist token.
+        selection_lr: peak rate of selection; `lr` where None. 0 leaves selection as it was calibrated.
         min_lr_share: the floor, as a share of the peak.
         warmup_steps, decay_steps: in optimizer steps; decay_steps None: the trainer's max_steps.
     """
@@ -88,8 +89,10 @@ class OptimizerConfig:
     decay_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or (self.selection_lr is not None and self.selection_lr <= 0):
-            raise ValueError(f"model.optimizer.lr and selection_lr must be positive, got {self.lr}, {self.selection_lr}")
+        if self.lr <= 0 or (self.selection_lr is not None and self.selection_lr < 0):
+            raise ValueError(
+                f"model.optimizer.lr must be positive and selection_lr not negative, got {self.lr}, {self.selection_lr}"
+            )
 
     def share(self, step: int, decay_steps: int) -> float:
         """The rate at a step, as a share of its peak."""
@@ -286,13 +289,11 @@ class InComeS(L.LightningModule):
     def training_step(self, batch: GistBatch, batch_idx: int) -> Tensor:
         parts = self.losses(batch, self.visible(batch))
         for name, value in parts.items():
-            self.log(
-                f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True
-            )
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
         return parts["loss"]
 
     def visible(self, batch: GistBatch) -> Tensor:
-        """Which edits each query sees [B, N]: its pool, or in the warm-up its own edit and a growing share of the others."""
+        """Which edits each query sees [B, N]: its pool; in the warm-up its own edit and a growing share of that."""
         step, steps = self.global_step, self.visible_warmup_steps
         if step >= steps:
             return batch.visible
@@ -328,7 +329,7 @@ class InComeS(L.LightningModule):
         pool = model.compress(batch.edits, batch.edits_mask)
         out, _ = model(batch.queries, batch.queries_mask, pool, visible, trace=trace)
         h = out.last_hidden_state[row, at - 1]  # [n, d]
-        ce, kl = token_ce_and_kl(h, head_of(model.language_model), labels, teacher_h.to(h), head, config.chunk)
+        ce, kl = token_ce_and_kl(h, head_of(model.reader.model), labels, teacher_h.to(h), head, config.chunk)
 
         queries = len(batch)
         kl_at = answer if config.kl_on == "answer" else torch.ones_like(answer)
@@ -355,7 +356,7 @@ class InComeS(L.LightningModule):
             return alone, with_edit, head_of(teacher)
 
     def _golden(self, batch: GistBatch, trace: dict[int, Tensor], row: Tensor, at: Tensor) -> dict[str, Tensor]:
-        """-log p(right gist) in scope and -log p(zero-gist) out of it, each a mean over queries, averaged over layers."""
+        """-log p(right gist) in scope and -log p(zero-gist) out of it: means over queries and layers."""
         golden = batch.golden[row]
         logp = list({id(t): t for t in trace.values()}.values())  # one tensor where all layers share a choice
         picked = torch.stack([t[row, at].gather(1, (golden % t.shape[2])[:, None])[:, 0] for t in logp]).mean(0)
@@ -365,14 +366,11 @@ class InComeS(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        selection = [
-            p for n, p in self.gists.named_parameters() if p.requires_grad and not n.startswith("language_model.")
-        ]
-        language = [p for p in self.gists.language_model.parameters() if p.requires_grad]
-        groups = [
-            {"params": language, "lr": config.lr},
-            {"params": selection, "lr": config.selection_lr or config.lr},
-        ]
+        trained = {n: p for n, p in self.gists.named_parameters() if p.requires_grad}
+        selection = [p for n, p in trained.items() if n.startswith(("selectors.", "matcher."))]
+        language = [p for n, p in trained.items() if not n.startswith(("selectors.", "matcher."))]
+        selection_lr = config.lr if config.selection_lr is None else config.selection_lr
+        groups = [{"params": language, "lr": config.lr}, {"params": selection, "lr": selection_lr}]
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay
         )
@@ -390,11 +388,14 @@ class InComeS(L.LightningModule):
 
     def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
         """One pool of validation records, by the same protocols as `trainers.evaluate`."""
-        assert self._answers is not None and self.metrics is not None
+        assert self._answers is not None
+        assert self.metrics is not None
         with self.original() as backbone:
             self._answers.model = Edited(backbone)
             self._answers.ask(batch.records, self.exact_match)
-        with self.editor().edit(self.gists.backbone, [r for record in batch.records for r in record.requests]) as edited:
+        with self.editor().edit(
+            self.gists.backbone, [r for record in batch.records for r in record.requests]
+        ) as edited:
             self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
 
     def on_validation_epoch_end(self) -> None:
@@ -431,4 +432,6 @@ def block_mask(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     causal = torch.ones(t, t, dtype=torch.bool, device=blocks.device).tril()
     itself = torch.eye(t, dtype=torch.bool, device=blocks.device)
     seen = ((blocks[:, :, None] == blocks[:, None, :]) & causal) | itself
-    return torch.zeros(seen.shape, dtype=dtype, device=blocks.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=blocks.device).masked_fill(~seen, torch.finfo(dtype).min)[
+        :, None
+    ]

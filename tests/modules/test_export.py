@@ -37,8 +37,8 @@ def trained(tiny: Callable[..., Backbone], tmp_path: Path) -> Callable[..., InCo
             for p in module.parameters():
                 if p.requires_grad:
                     p += 0.05 * torch.randn_like(p)
-            for b in module.gists.buffers():
-                b += 0.05
+            if module.gists.matcher is not None:
+                module.gists.matcher.mean += 0.05
         module.gists.eval()
         return module
 
@@ -108,13 +108,15 @@ def test_other_architectures(
 def test_a_teacher_of_lower_precision(
     trained: Callable[..., InComeS], records: list[EditRecord], tmp_path: Path
 ) -> None:
-    """The original that answers is stored as it was, and what compresses stays at its own precision."""
+    """The original that answers is stored as it was, in bfloat16, and computes as the backbone's config says."""
     module = trained(train="upper", reader="original", teacher_dtype="bfloat16")
     expected = scores(module.editor(), records)
     export(module, tmp_path / "out")
     editor = load_editor(tmp_path / "out")
-    assert editor.model.reader.model.dtype == torch.bfloat16
-    assert torch.equal(scores(editor, records), expected)
+    assert editor.model.reader.model.dtype == torch.float32
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    torch.testing.assert_close(scores(editor, records), expected, atol=0.3, rtol=0.05)
 
 
 def test_adapters_on_a_random_base_find_it_again(records: list[EditRecord], tmp_path: Path, tiny_config) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from modules.backbone import BackboneConfig
+from modules.editor import Edited
 from modules.gist.batch import GistBatch, QueryConfig
 from modules.gist.model import GistConfig
 from modules.trained.incomes import InComeS, LoraOptions, LossConfig, OptimizerConfig
@@ -70,7 +71,7 @@ def plain_losses(module: InComeS, original: torch.nn.Module, batch: GistBatch) -
                 taught = original(row).logits[0].log_softmax(-1)[len(edit) + len(newline) :]
         trace: dict[int, Tensor] = {}
         out, _ = model(ids[None], torch.ones(1, length).long(), pool, batch.visible[b : b + 1], trace=trace)
-        student = model.language_model.get_output_embeddings()(out.last_hidden_state[0]).log_softmax(-1)
+        student = model.reader.model.get_output_embeddings()(out.last_hidden_state[0]).log_softmax(-1)
         ce, count, kl, missed = torch.zeros(()), 0, [], []
         for i in range(1, length):
             token, answer = ids[i], bool(batch.answer[b, i])
@@ -251,6 +252,11 @@ def test_original_reader_answers_as_the_original_where_nothing_is_read(
     model.matcher.threshold.fill_(torch.inf)
     assert torch.equal(model(ids, mask, pool)[0].last_hidden_state, expected)
     assert torch.equal(model(ids, mask, None)[0].last_hidden_state, expected)
+    with module.original() as original:
+        expected_scores = Edited(original, bos=False).score(["City A is in"], ["Land 0"])
+    with module.editor().edit(model.backbone, [r.request for r in records]) as edited:  # through the head as well
+        (found,), (wanted,) = edited.score(["City A is in"], ["Land 0"]), expected_scores
+        assert torch.equal(found.log_probs, wanted.log_probs)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from trainers.callbacks import sample_edits, selection_figures, throughput
 from trainers.callbacks.common import untouched, validation_records
 from trainers.callbacks.figures import heat_map, profile
 from trainers.callbacks.final_evaluation import FinalEvaluation, drawn_records
-from trainers.callbacks.grad_norm import GradientNorm
+from trainers.callbacks.grad_norm import GradNorm
 from trainers.callbacks.pool_sizes import PoolSizes, pool_sizes
 from trainers.callbacks.sample_edits import SampleEdits
 from trainers.callbacks.selection_figures import SelectionFigures, ask, in_and_out_of_scope
@@ -102,7 +102,7 @@ def scalars(events, tag):
 def everything():
     return [
         Throughput(window=1),
-        GradientNorm(),
+        GradNorm(),
         PoolSizes(),
         SelectionFigures(records=4, examples=2),
         SampleEdits(count=2, max_new_tokens=3),
@@ -221,7 +221,7 @@ def test_throughput_counts_loading_but_neither_validation_nor_checkpoints(monkey
 def test_gradient_norm_is_that_before_clipping(run, tmp_path, cache):
     norms = scalars(run.events, "train/grad_norm")
     seen = Seen()
-    clipped = fit(tmp_path, cache, [GradientNorm(), seen], run.selection, gradient_clip_val=1e-3)
+    clipped = fit(tmp_path, cache, [GradNorm(), seen], run.selection, gradient_clip_val=1e-3)
     assert scalars(clipped.events, "train/grad_norm")[0] == pytest.approx(norms[0], rel=1e-5)
     assert seen.norm == pytest.approx(1e-3, rel=1e-3)
     assert norms[0] > 1e-2
@@ -238,7 +238,7 @@ def test_gradient_norm_is_the_engines_where_there_is_one():
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(log=lambda name, value: logged.update({name: value}))
     trainer: Any = SimpleNamespace(model=SimpleNamespace(get_global_grad_norm=lambda: 4.0), global_step=0)
-    callback = GradientNorm()
+    callback = GradNorm()
     callback.on_before_optimizer_step(trainer, module, None)  # type: ignore[arg-type]
     callback.on_train_batch_end(trainer, module, None, None, 0)
     assert not logged  # within an accumulation

@@ -8,7 +8,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 
-class GradientNorm(L.Callback):
+class GradNorm(L.Callback):
     """Logs train/grad_norm every `log_every_n_steps` of the Trainer: the 2-norm of all gradients, before clipping.
 
     Under DeepSpeed, which shards gradients and clips by itself, it is the norm that its engine reports.

@@ -1,0 +1,121 @@
+"""Prompts and targets to tokens: one rule for spaces, offsets across merges, and a BOS only where it belongs."""
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from datamodules.tokens import adds_bos, encode, pad, pad_id
+from modules.byte_tokenizer import byte_tokenizer
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def bpe(merges: list[tuple[str, str]], bos: bool = False, eos: bool = False) -> PreTrainedTokenizerBase:
+    """Bytes with a few merges; like Llama's tokenizer it may put a BOS in front of, and an EOS behind, each text."""
+    vocab = {c: i for i, c in enumerate(ALPHABET)}
+    for a, b in merges:
+        vocab.setdefault(a + b, len(vocab))
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    if bos or eos:
+        core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=("<s> " if bos else "") + "$A" + (" </s>" if eos else ""),
+            special_tokens=[(t, core.token_to_id(t)) for t in ("<s>", "</s>")],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "text", "scored"),
+    [
+        ("Lyon is in", "Japan", "Lyon is in Japan", "Japan"),
+        ("Lyon is in", " Japan", "Lyon is in Japan", "Japan"),
+        ("Lyon is in ", "Japan", "Lyon is in Japan", "Japan"),
+        ("Lyon is in\n", "Japan", "Lyon is in\nJapan", "Japan"),
+        ("", "Japan", "Japan", "Japan"),
+        ("Zürich liegt in", "Österreich", "Zürich liegt in Österreich", "Österreich"),
+        ("首都は", "東京 都", "首都は 東京 都", "東京 都"),
+        ("🙂", "🙃", "🙂 🙃", "🙃"),
+    ],
+)
+def test_one_space_stands_between_prompt_and_target(prompt: str, target: str, text: str, scored: str) -> None:
+    tokenizer = byte_tokenizer()
+    row = encode(tokenizer, prompt, target)
+    assert tokenizer.decode(row.ids) == text
+    assert tokenizer.decode(row.target_ids) == scored
+    assert row.ids[row.target_start :] == row.target_ids
+
+
+def test_a_token_that_reaches_into_the_target_is_its_first() -> None:
+    # "Ġ" is a space: the space belongs to the target's first token, as in every byte-level vocabulary
+    tokenizer = bpe([("Ġ", "J"), ("ĠJ", "a")])
+    row = encode(tokenizer, "in", "Japan")
+    assert tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["ĠJa", "p", "a", "n"]
+    # a merge over the boundary, where no space stands between
+    tokenizer = bpe([("x", "Ġ"), ("xĠ", "J")])
+    row = encode(tokenizer, "x ", "Ja")
+    assert tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["xĠJ", "a"]
+    # and one that ends before the target
+    tokenizer = bpe([("n", "Ġ")])
+    row = encode(tokenizer, "in", "Japan")
+    assert tokenizer.convert_ids_to_tokens(list(row.target_ids))[0] == "J"
+
+
+def test_the_same_ids_as_running_text() -> None:
+    tokenizer = bpe([("Ġ", "J"), ("n", "Ġ"), ("a", "p")])
+    for prompt, target in (("Lyon is in", "Japan"), ("a", "p"), ("n ", "n")):
+        row = encode(tokenizer, prompt, target, context="On Jap.\n")
+        assert list(row.ids) == tokenizer(tokenizer.decode(row.ids))["input_ids"]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_bos_is_neither_lost_nor_gained_and_eos_never_added(bos: bool, eos: bool) -> None:
+    tokenizer = bpe([("Ġ", "J")], bos, eos)
+    assert adds_bos(tokenizer) is bos
+    plain = encode(tokenizer, "in", "Japan", bos=False)
+    assert tokenizer.bos_token_id not in plain.ids
+    row = encode(tokenizer, "in", "Japan")
+    assert row.ids == ((tokenizer.bos_token_id,) if bos else ()) + plain.ids
+    assert row.target_ids == plain.target_ids
+    assert tokenizer.eos_token_id not in row.ids
+
+
+def test_a_tokenizer_that_has_a_bos_but_does_not_use_it() -> None:
+    tokenizer = bpe([])  # as Qwen's and GPT-2's
+    assert tokenizer.bos_token_id is not None
+    assert not adds_bos(tokenizer)
+
+
+def test_without_a_target_nothing_is_scored() -> None:
+    row = encode(byte_tokenizer(), "Lyon")
+    assert (len(row.ids), row.target_start, row.target_ids) == (4, 4, ())
+
+
+def test_empty_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to tokenise"):
+        encode(byte_tokenizer(), "")
+    assert encode(byte_tokenizer(), "", context="a").ids
+
+
+def test_a_target_of_white_space_is_refused() -> None:
+    with pytest.raises(ValueError, match="target"):
+        encode(byte_tokenizer(), "Lyon", "  ")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pad(side: str) -> None:
+    ids, mask = pad([[1, 2, 3], [4]], 9, side)
+    expected = ([[1, 2, 3], [4, 9, 9]], [[1, 1, 1], [1, 0, 0]])
+    if side == "left":
+        expected = ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])
+    assert (ids.tolist(), mask.tolist()) == expected
+
+
+def test_pad_id() -> None:
+    tokenizer = bpe([])
+    assert pad_id(tokenizer) == tokenizer.eos_token_id
+    tokenizer.pad_token = "<s>"
+    assert pad_id(tokenizer) == tokenizer.bos_token_id
+    assert pad_id(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))) == 0
