@@ -38,12 +38,14 @@ def encode(
     puts one there itself, and only with `bos`; an EOS is never appended.
 
     Raises:
-        ValueError: if the text is empty.
+        ValueError: if the text is empty, or the target is white space.
     """
     stem = context + prompt
     text = join(stem, target) if target else stem
     if not text:
         raise ValueError("nothing to tokenise: prompt, target and context are all empty")
+    if target and not target.strip():
+        raise ValueError(f"the target after {prompt!r} is nothing but white space: {target!r}")
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(out["input_ids"])
     start = len(ids)

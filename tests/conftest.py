@@ -1,12 +1,7 @@
 """Tiny random models and records that many tests share."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-# pytest puts tests/ first on the path, where tests/datamodules would be taken for the package of that name
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch

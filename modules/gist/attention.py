@@ -38,7 +38,7 @@ class GistCall:
         keys_before_rope: store unrotated keys (released code) or rotated ones.
         pool: the pass reads from it.
         visible: which gists a row may see [B, N].
-        temperature: divides the published selection's logits.
+        temperature: divides the logits of selection.
         carried: matches of the rows' earlier tokens [B, N], when these are in a KV cache; updated.
         trace: where it is a dict, it receives each layer's log-probabilities [B, T, N + 1].
     """
@@ -68,7 +68,9 @@ class GistCall:
             text[torch.arange(len(text), device=text.device), self.write_at] = 0  # the gist is no word of the edit
             self.address, _ = self.matcher(states, text)
         if self.pool is not None:
-            self.chosen, self.carried = self.matcher(states, self.mask, self.pool.address, self.visible, self.carried)
+            self.chosen, self.carried = self.matcher(
+                states, self.mask, self.pool.address, self.visible, self.carried, self.temperature
+            )
 
     def write(self, layer: int, key: Tensor, value: Tensor, unrotated: Tensor) -> None:
         """Keep what this layer has at the gist tokens; key and value [B, K, T, D], unrotated [B, T, K, D]."""

@@ -155,8 +155,8 @@ def _stack(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _mean_queries(model: GistModel, texts: Sequence[str]) -> None:
     """Set each layer's zero key to its mean query, over tokens and over the heads that share a key.
 
-    Queries of a layer have much in common, so this key's logit is above what a gist's key gets by chance: reading starts
-    at "nothing" (untrained SmolLM2 with 100 gists keeps 98% of its own predictions; with a normal key 12%).
+    Queries of a layer have much in common, so this key's logit is above what a gist's key gets by chance: reading
+    starts at "nothing" (untrained SmolLM2 with 100 gists keeps 98% of its own predictions; with a normal key 12%).
     """
     tokenizer = model.backbone.tokenizer
     ids, mask = pad([encode(tokenizer, "", t).ids for t in texts[:64]], pad_id(tokenizer))

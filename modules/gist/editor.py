@@ -137,9 +137,17 @@ class GistEditor(Editor):
 
 @torch.no_grad()
 def encode_edits(model: GistModel, requests: Sequence[EditRequest], chunk: int = 256) -> GistPool:
-    """Encode edits, a chunk at a time, equal lengths together; the pool is in the order of the requests."""
+    """Encode edits, a chunk at a time, equal lengths together; the pool is in the order of the requests.
+
+    Raises:
+        ValueError: for an edit that does not fit into the model's context window.
+    """
     tokenizer = model.backbone.tokenizer
     rows = [encode(tokenizer, "", r.statement).ids for r in requests]
+    room = getattr(model.backbone.model.config, "max_position_embeddings", None)
+    for row, request in zip(rows, requests, strict=True):
+        if room and len(row) >= room:
+            raise ValueError(f"an edit of {len(row)} tokens does not fit into {room}: {request.statement[:60]!r} ...")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts = []
     for at in range(0, len(order), chunk):

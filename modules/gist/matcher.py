@@ -64,6 +64,7 @@ class GistMatcher(nn.Module):
         address: Tensor | None = None,
         visible: Tensor | None = None,
         carried: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Addresses of edits, or each token's choice among addresses.
 
@@ -73,6 +74,7 @@ class GistMatcher(nn.Module):
             address: of the pool's edits [N, d]; None: the rows are edits, return their addresses.
             visible: which edits a row may see [B, N], bool.
             carried: the best matches of the row's earlier tokens [B, N], when these are not in `states`.
+            temperature: divides the logits.
 
         Returns:
             without `address`: addresses [B, d], twice. With it: log-probabilities [B, T, N + 1], the zero-gist last,
@@ -92,7 +94,7 @@ class GistMatcher(nn.Module):
             match = match.cummax(dim=1).values
             if carried is not None:
                 match = match[:, 1:]
-            scale = self.log_scale.exp()
+            scale = self.log_scale.exp() / temperature
             logits = scale * (match - self.threshold)
             if visible is not None:
                 logits = logits.masked_fill(~visible[:, None], HIDDEN)

@@ -30,7 +30,7 @@ class GistConfig:
         zero_gist: offer the zero-gist (off: an ablation of the paper).
         zero_key: where the zero-gist's key starts: `normal` (released code), or `mean_query`, the mean of the queries
             over a calibration text, scaled so that reading starts at "nothing".
-        temperature: `qk` logits are divided by it at inference when more than ten keys compete (released code: 0.45).
+        temperature: logits are divided by it at inference when more than ten keys compete (released code: 0.45).
         match_layer: whose input `hidden` selection sees, as a share of the depth.
         scale, threshold: where `hidden` selection starts: factor on the cosine, and cosine of indifference.
     """

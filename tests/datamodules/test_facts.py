@@ -50,7 +50,9 @@ def test_every_subject_that_is_asked_about_belongs_to_the_split(name: str) -> No
 
 
 def test_splits_share_no_subject_and_no_prompt() -> None:
-    asked = {name: {p for r in split(name) for p in [r.request.prompt, *(q.prompt for q in queries(r))]} for name in SHARES}
+    asked = {
+        name: {p for r in split(name) for p in [r.request.prompt, *(q.prompt for q in queries(r))]} for name in SHARES
+    }
     edited = {name: {r.request.subject for r in split(name)} for name in SHARES}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not edited[a] & edited[b]

@@ -24,7 +24,9 @@ def test_statement() -> None:
     assert EditRequest("Who?", "Me", text="It was me").statement == "It was me"
 
 
-@pytest.mark.parametrize("given", [{}, {"prompt": "a"}, {"target": "b"}, {"prompt": " ", "target": "b"}, {"text": "\n"}])
+@pytest.mark.parametrize(
+    "given", [{}, {"prompt": "a"}, {"target": "b"}, {"prompt": " ", "target": "b"}, {"text": "\n"}]
+)
 def test_an_edit_needs_content(given: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="an edit needs"):
         EditRequest(**given)
@@ -56,7 +58,8 @@ def test_requests_from_files(tmp_path: Path) -> None:
     assert [r.statement for r in read_requests(lines)] == ["Lyon is in Japan.", "東京 is in Peru."]
     rows = tmp_path / "edits.jsonl"
     rows.write_text(
-        '{"prompt": "Lyon is in", "target": "Japan", "subject": "Lyon"}\n{"prompt": "p", "target_new": "t"}\n{"text": "s"}\n',
+        '{"prompt": "Lyon is in", "target": "Japan", "subject": "Lyon"}\n'
+        '{"prompt": "p", "target_new": "t"}\n{"text": "s"}\n',
         encoding="utf-8",
     )
     assert read_requests(str(rows)) == [

@@ -1,7 +1,7 @@
 """Prompts and targets to tokens: one rule for spaces, offsets across merges, and a BOS only where it belongs."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules.tokens import adds_bos, encode, pad, pad_id
@@ -17,6 +17,7 @@ def bpe(merges: list[tuple[str, str]], bos: bool = False, eos: bool = False) -> 
         vocab.setdefault(a + b, len(vocab))
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     if bos or eos:
         core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]

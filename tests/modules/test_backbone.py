@@ -102,7 +102,9 @@ def test_remote_code_is_never_asked_for_by_itself(tiny: Callable[..., Backbone],
     asked = []
     plain = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (asked.append(k["trust_remote_code"]), plain(*a, **k))[1]
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **k: (asked.append(k["trust_remote_code"]), plain(*a, **k))[1],
     )
     load_backbone(BackboneConfig(str(tmp_path)))
     load_backbone(BackboneConfig(str(tmp_path), trust_remote_code=True))
@@ -116,7 +118,7 @@ def test_adapters_off_gives_the_original_and_keeps_gradients(tiny: Callable[...,
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), model)
     assert not torch.equal(model(ids).logits, before)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):  # noqa: PT012 (what is inside raises on purpose)
         assert torch.equal(model(ids).logits, before)
         raise RuntimeError("inside")
     assert not torch.equal(model(ids).logits, before)

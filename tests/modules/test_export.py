@@ -154,7 +154,12 @@ def test_missing_files_are_named(trained: Callable[..., InComeS], tmp_path: Path
             (folder / name).write_bytes(kept)
     facts = folder / "editor.json"
     kept = facts.read_text(encoding="utf-8")
-    for content in ("{", "[]", json.dumps({"format": 1, "editor": "incomes"}), kept.replace('"format": 1', '"format": 9')):
+    for content in (
+        "{",
+        "[]",
+        json.dumps({"format": 1, "editor": "incomes"}),
+        kept.replace('"format": 1', '"format": 9'),
+    ):
         facts.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=r"editor\.json"):
             load_editor(folder)

@@ -32,7 +32,7 @@ def build(tiny_config: Callable[..., BackboneConfig]) -> Callable[..., InComeS]:
         module.configure_model()
         module.gists.train()
         with torch.no_grad():  # away from the start, where student and teacher agree
-            for n, p in module.gists.named_parameters():
+            for p in module.gists.parameters():
                 if p.requires_grad:
                     p += 0.02 * torch.randn_like(p)
         return module
@@ -159,7 +159,8 @@ def test_losses_of_other_architectures(build: Callable[..., InComeS], records: l
 def test_out_of_scope_rows_have_no_cross_entropy(build: Callable[..., InComeS], records: list[EditRecord]) -> None:
     for weighted in (True, False):
         module = build(
-            queries=QueryConfig(rates={"locality": 1.0}), loss=LossConfig(weighted=weighted, golden_weight=1.0, ce_on="all")
+            queries=QueryConfig(rates={"locality": 1.0}),
+            loss=LossConfig(weighted=weighted, golden_weight=1.0, ce_on="all"),
         )
         batch = batch_of(module, records)
         parts = module.losses(batch, batch.visible)
@@ -171,9 +172,7 @@ def test_out_of_scope_rows_have_no_cross_entropy(build: Callable[..., InComeS], 
 
 
 @pytest.mark.parametrize("selection", ["qk", "hidden"])
-def test_splitting_a_batch_changes_nothing(
-    build: Callable[..., InComeS], records: list[EditRecord], selection
-) -> None:
+def test_splitting_a_batch_changes_nothing(build: Callable[..., InComeS], records: list[EditRecord], selection) -> None:
     """Two pools in a micro-batch, or a micro-batch each: the same loss and the same update."""
     module = build(gist=GistConfig(selection=selection), loss=LossConfig(golden_weight=0.5))
     batch = batch_of(module, records, [0, 0, 1, 1])
@@ -281,7 +280,7 @@ def test_adapters_reach_the_gists_keys(build: Callable[..., InComeS], records: l
 def test_teaching_restores_modes_and_adapters_after_an_exception(build: Callable[..., InComeS], train: str) -> None:
     module = build(train=train)
     assert module.gists.language_model.training
-    with pytest.raises(RuntimeError, match="inside"), module.teaching() as teacher:
+    with pytest.raises(RuntimeError, match="inside"), module.teaching() as teacher:  # noqa: PT012 (what is inside raises on purpose)
         assert not teacher.training
         raise RuntimeError("inside")
     assert module.gists.language_model.training
@@ -360,7 +359,10 @@ def test_checkpoint_holds_what_is_trained_and_no_more(build: Callable[..., InCom
     assert names == {n for n, p in module.named_parameters() if p.requires_grad} | {"model.matcher.mean"}
     other = build(train=train, gist=GistConfig(selection="both"))
     other.on_load_checkpoint(checkpoint)
-    for wrong in (dict(list(checkpoint["state_dict"].items())[1:]), checkpoint["state_dict"] | {"model.x": torch.ones(1)}):
+    for wrong in (
+        dict(list(checkpoint["state_dict"].items())[1:]),
+        checkpoint["state_dict"] | {"model.x": torch.ones(1)},
+    ):
         with pytest.raises(ValueError, match="does not fit"):
             other.on_load_checkpoint({"state_dict": wrong})
 

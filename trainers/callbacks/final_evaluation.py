@@ -31,6 +31,8 @@ class FinalEvaluation(L.Callback):
     and as metrics of the hyperparameters to TensorBoard (final/<metric>_at_<edits>). A resumed run keeps the rows that
     the file holds. A row that fails, as in-context learning beyond the context window does, is marked with the reason.
 
+    The models run in the precision of the training (autocast under bf16-mixed), as in validation.
+
     All ranks do the same work, since sharded weights (ZeRO-3) want every rank in every forward pass; rank 0 writes.
 
     Args:
@@ -97,7 +99,7 @@ class FinalEvaluation(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, suffix: str | None) -> None:
         """Add the baselines that the report lacks and, unless `suffix` is None, the editor under its name + suffix."""
         module = trained_editor(pl_module)
-        with untouched(pl_module):
+        with untouched(pl_module), trainer.precision_plugin.forward_context():
             with module.original() as backbone:
                 # asked here in whole, the original is not needed while an edit is in place
                 self._originals = self._originals or Answers(Edited(backbone))

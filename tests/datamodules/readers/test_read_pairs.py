@@ -88,8 +88,20 @@ def test_real_rows_of_a_general_set(real):
     ("key", "expected"), [(1, "a whale"), ("B", "a whale"), ("2", "a whale"), ("c", "a bat"), (0, "a cow")]
 )
 def test_the_right_choice_of_a_question_is_the_text(key, expected):
-    columns = {"fact": "Whales are mammals.", "q": "Which one swims?", "a": "a cow", "b": "a whale", "c": "a bat", "k": key}
-    nested = {"fact": "Whales are mammals.", "q": "Which one swims?", "o": {"text": ["a cow", "a whale", "a bat"]}, "k": key}
+    columns = {
+        "fact": "Whales are mammals.",
+        "q": "Which one swims?",
+        "a": "a cow",
+        "b": "a whale",
+        "c": "a bat",
+        "k": key,
+    }
+    nested = {
+        "fact": "Whales are mammals.",
+        "q": "Which one swims?",
+        "o": {"text": ["a cow", "a whale", "a bat"]},
+        "k": key,
+    }
     for row, text in ((columns, ["a", "b", "c"]), (nested, "o.text")):
         record = next(read_pairs([row], edit="fact", text=text, stem="q", key="k"))
         assert record.rephrases[0].prompt == "Which one swims?"

@@ -23,9 +23,15 @@ def rows(backbone: Backbone, texts: list[str], width: int = 0, side: str = "righ
     width = max([width, *map(len, ids)])
     gaps = [[0] * (width - len(r)) for r in ids]
     if side == "left":
-        padded, mask = [[7] * len(g) + r for g, r in zip(gaps, ids)], [g + [1] * len(r) for g, r in zip(gaps, ids)]
+        padded, mask = (
+            [[7] * len(g) + r for g, r in zip(gaps, ids, strict=True)],
+            [g + [1] * len(r) for g, r in zip(gaps, ids, strict=False)],
+        )
     else:
-        padded, mask = [r + [7] * len(g) for g, r in zip(gaps, ids)], [[1] * len(r) + g for g, r in zip(gaps, ids)]
+        padded, mask = (
+            [r + [7] * len(g) for g, r in zip(gaps, ids, strict=True)],
+            [[1] * len(r) + g for g, r in zip(gaps, ids, strict=False)],
+        )
     return torch.tensor(padded), torch.tensor(mask)
 
 
@@ -86,7 +92,7 @@ def test_padding_changes_nothing(tiny_gists: Callable[..., GistModel], kind: str
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_gist_keys_are_the_layers_own(tiny_gists: Callable[..., GistModel], kind: str) -> None:
-    """Before RoPE: what the key projection (Qwen3: its norm) gives at the gist token. After it: what the cache holds."""
+    """Before RoPE: what the key projection (Qwen3: its norm) gives at the gist token. After it: what the cache has."""
     model = tiny_gists(kind, keys="before_rope")
     backbone = model.backbone
     rotated = tiny_gists(kind, keys="after_rope")
@@ -254,7 +260,7 @@ def test_active_layers(tiny_gists: Callable[..., GistModel], layers: str) -> Non
 def test_told_is_taken_back(tiny: Callable[..., Backbone]) -> None:
     backbone = tiny("gptj")
     call = GistCall(range(2, 4), torch.ones(1, 1))
-    with pytest.raises(RuntimeError, match="inside"), told(backbone, call):
+    with pytest.raises(RuntimeError, match="inside"), told(backbone, call):  # noqa: PT012 (what is inside raises on purpose)
         assert all(layer.__dict__["gist"] is call for layer in backbone.layers)
         raise RuntimeError("inside")
     assert not any("gist" in layer.__dict__ for layer in backbone.layers)

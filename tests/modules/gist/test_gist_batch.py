@@ -156,7 +156,9 @@ def test_fits_by_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         assert GistCollator(tokenizer, config).fits(record) is expected
 
 
-def test_bos_stands_before_edits_and_the_teacher_but_not_before_queries(records: list[EditRecord], tiny_config: Any) -> None:
+def test_bos_stands_before_edits_and_the_teacher_but_not_before_queries(
+    records: list[EditRecord], tiny_config: Any
+) -> None:
     tokenizer = load_tokenizer(tiny_config())
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer._palimpsest_adds_bos = True

@@ -69,7 +69,9 @@ def test_mean_query_starts_at_nothing(tiny_gists: Callable[..., GistModel], fact
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in others.items())
 
 
-def test_both_with_mean_query_sets_the_zero_keys_too(tiny_gists: Callable[..., GistModel], facts: list[EditRecord]) -> None:
+def test_both_with_mean_query_sets_the_zero_keys_too(
+    tiny_gists: Callable[..., GistModel], facts: list[EditRecord]
+) -> None:
     model = tiny_gists(selection="both", zero_key="mean_query")
     before = [s.zero_key.clone() for s in model.selectors.values()]
     calibrate(model, facts[:8], seed=0, steps=1)

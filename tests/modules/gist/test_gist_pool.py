@@ -157,9 +157,7 @@ def test_another_kind_of_model_is_refused(tiny_gists: Callable[..., GistModel], 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gptj"])
 @pytest.mark.parametrize("selection", ["qk", "hidden"])
 @torch.no_grad()
-def test_generation_with_cache_equals_without(
-    tiny_gists: Callable[..., GistModel], kind: str, selection: str
-) -> None:
+def test_generation_with_cache_equals_without(tiny_gists: Callable[..., GistModel], kind: str, selection: str) -> None:
     """Several prompts of several lengths at once, against one at a time, no cache and no padding."""
     model = tiny_gists(kind, selection=selection)
     edited = fresh(model, REQUESTS)

@@ -48,7 +48,9 @@ def plainly(
 @torch.no_grad()
 def test_selector_is_softmax_of_query_times_key(zero_gist, visibility, scaling, temperature) -> None:
     selector, query, gists = case(zero_gist)
-    visible = torch.ones(B, N, dtype=torch.bool) if visibility == "all" else torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]]).bool()
+    visible = (
+        torch.ones(B, N, dtype=torch.bool) if visibility == "all" else torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]]).bool()
+    )
     given = None if visibility == "all" else visible
     scale = (scaling or 1 / math.sqrt(D)) / temperature
     expected, probabilities = plainly(selector, query, gists, visible, scale, torch.zeros(B, T, N + 1))
