@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +51,10 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        if args is None:  # LightningCLI warns where both argv and arguments are given
+        if args is None:
             sys.argv[1:] = resolve_configs(sys.argv[1:])
+        # a command of ours that builds a run from its config has arguments of its own
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
