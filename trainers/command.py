@@ -23,8 +23,21 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
     parser.add_argument("--config", action="config", help="YAML, by path or by bare name in configs/")
     parser.add_function_arguments(function)
     try:
-        given: Any = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
+        given: Any = parser.parse_args(appended(resolve_configs(sys.argv[1:] if args is None else args), function))
         built: Any = parser.instantiate_classes(given)
         return function(**{name: built[name] for name in inspect.signature(function).parameters})
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")
+
+
+def appended(args: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """The arguments with every `--key text` of a list of texts as jsonargparse's `--key+ text`, so that it may be given
+    more than once. A value in brackets still sets the whole list."""
+    lists = {n for n, p in inspect.signature(function).parameters.items() if "list[str]" in str(p.annotation)}
+    found = list(args)
+    for i, arg in enumerate(found):
+        key, equals, value = arg.partition("=")
+        value = value if equals else next(iter(found[i + 1 : i + 2]), "")
+        if key.removeprefix("--") in lists and not value.startswith("["):
+            found[i] = f"{key}+{equals}{value if equals else ''}"
+    return found

@@ -30,9 +30,10 @@ def test_it_knows_and_believes_its_context(backbone):
 
 
 def test_the_calibrated_matcher_finds_held_out_subjects_by_held_out_wordings(backbone):
-    """Chance is 1 in 41; measured 0.93 in scope and 0.97 out of it with 800 records and pools of 100."""
+    """Chance is 1 in 41. The quickstart calibrates on twice as many records; at its pools of 100 the first try gave 0.93
+    in scope and 0.97 out of it."""
     model = GistModel(backbone, GistConfig(selection="hidden"))
-    calibrate(model, list(read_facts("train"))[:150], seed=0, steps=60, pool=40)
+    calibrate(model, list(read_facts("train"))[:400], seed=0, steps=100)
     records = [r for r in read_facts("val") if r.domain == "city-country"][:40]
     with GistEditor(model).edit(backbone, [r.request for r in records]) as edited:
         inside = [_chosen(edited, r.rephrases[0].prompt) for r in records]

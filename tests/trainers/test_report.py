@@ -92,7 +92,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
     assert set(meta["versions"]) == {"palimpsest", "torch", "transformers", "lightning"}
     for part in ("aggregate", "runs", "records"):
         assert {editor: list(cells) for editor, cells in report[part].items()} == {
-            "unedited": ["2", "4"],
+            "unedited": ["4"],  # no pool matters to it: the largest tells all
             "icl": ["2", "4"],
         }
     assert set(report["aggregate"]["icl"]["4"]) == {
@@ -146,7 +146,7 @@ def test_a_stopped_run_keeps_what_it_has(backbone: Backbone, tmp_path: Path, mon
     monkeypatch.setattr(evaluation_run, "evaluate", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(backbone, out, [Unedited(), InContext()])
-    assert set(json.loads(out.read_text())["aggregate"]["unedited"]) == {"2", "4"}
+    assert set(json.loads(out.read_text())["aggregate"]["unedited"]) == {"4"}
 
 
 def test_pool_sizes_above_the_records_become_their_number(
@@ -155,6 +155,11 @@ def test_pool_sizes_above_the_records_become_their_number(
     report = run_evaluation([Unedited()], backbone, RECORDS, [4, 8, 100], False, tmp_path / "r.json", progress=False)
     assert list(report["aggregate"]["unedited"]) == ["4"]
     assert "there are 4 records" in caplog.text
+
+
+def test_single_edits_are_made_for_fewer_records(backbone: Backbone, tmp_path: Path) -> None:
+    report = run_evaluation([InContext()], backbone, RECORDS, [4, 1], False, tmp_path / "r.json", singles=3)
+    assert {size: len(found) for size, found in report["records"]["icl"].items()} == {"1": 3, "4": 4}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ def test_table_fits_the_screen(backbone: Backbone, tmp_path: Path, exact_match: 
     assert "\x1b" not in text  # no styling where it is no terminal
     assert "…" not in text
     rows = [line.split() for line in text.splitlines() if line.split()[:1] in (["unedited"], ["icl_right_edit"])]
-    assert [row[:2] for row in rows] == [[n, s] for n in ("unedited", "icl_right_edit") for s in ("2", "4")]
+    assert [row[:2] for row in rows] == [["unedited", "4"], ["icl_right_edit", "4"]]
     assert all(len(row) == 2 + 4 * (1 + exact_match) for row in rows)
     assert ("EM" in text) == exact_match
     assert ("Reliability" in text) == (not exact_match)

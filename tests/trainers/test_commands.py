@@ -1,0 +1,103 @@
+"""The whole way of a user: fit, export, edit, evaluate, by the commands' own entry points."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainers import evaluate as evaluate_command
+from trainers import export as export_command
+from trainers import fit as fit_command
+from trainers.command import run
+from trainers.edit import edit
+
+EDITS = [{"prompt": "Lyon is in", "target": "Japan", "subject": "Lyon"}, {"text": "Osaka is a city of Kenya."}]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of two steps, exported."""
+    folder = tmp_path_factory.mktemp("run")
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    fit_command.main(["--config=incomes_tiny.yaml", f"--run_dir={folder}/run", *quiet])
+    run(export_command.export, [f"--run_dir={folder}/run", f"--out={folder}/editor"])
+    return folder / "editor"
+
+
+@pytest.fixture
+def edits(tmp_path: Path) -> Path:
+    path = tmp_path / "edits.jsonl"
+    path.write_text("\n".join(map(json.dumps, EDITS)), encoding="utf-8")
+    return path
+
+
+def test_an_export_tells_where_it_comes_from(exported: Path) -> None:
+    facts = json.loads((exported / "editor.json").read_text())
+    assert facts["step"] == 2
+    assert facts["backbone"]["source"] == "random:llama"
+    assert facts["data"]["class_path"].endswith("EditDataModule")
+    assert {"torch", "transformers", "palimpsest"} <= set(facts["versions"])
+
+
+def test_edit_shows_before_and_after(exported: Path, edits: Path, capsys: pytest.CaptureFixture) -> None:
+    run(edit, [f"--editor={exported}", f"--edits={edits}", "--prompt", "Lyon is in", "--prompt=Osaka is"])
+    shown = capsys.readouterr()
+    assert "2 edits in the pool" in shown.err
+    lines = shown.out.splitlines()
+    assert [lines[0], lines[3]] == ["Lyon is in", "Osaka is"]
+    assert all(lines[i].strip().startswith(name) for i, name in ((1, "before:"), (2, "after:"), (4, "before:")))
+
+
+def test_edit_reads_prompts_from_standard_input_and_keeps_a_pool(
+    exported: Path, edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Lyon is in\n\nOsaka is\n"))
+    run(edit, [f"--editor={exported}", f"--edits={edits}", f"--save={tmp_path / 'pool'}", "--compare=false"])
+    first = capsys.readouterr().out
+    assert first.splitlines()[::2] == ["Lyon is in", "Osaka is"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Lyon is in\nOsaka is\n"))
+    run(edit, [f"--editor={exported}", f"--pool={tmp_path / 'pool'}", "--compare=false"])
+    assert capsys.readouterr().out == first
+    gone = tmp_path / "gone.txt"
+    gone.write_text("Osaka is a city of Kenya.\n", encoding="utf-8")
+    run(edit, [f"--editor={exported}", f"--pool={tmp_path / 'pool'}", f"--remove={gone}", "--prompt", '["Lyon is in"]'])
+    assert "1 edits in the pool" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--editor=nowhere", "--edits={edits}"], "no editor.json"),
+        (["--editor={editor}"], "give --edits FILE"),
+        (["--editor={editor}", "--edits=missing.jsonl"], "missing.jsonl"),
+        (["--editor={editor}", "--edits={bad}"], "row 0"),
+    ],
+)
+def test_edit_says_what_is_wrong(
+    exported: Path, edits: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Lyon is in"}', encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        run(edit, [a.format(editor=exported, edits=edits, bad=bad) for a in arguments])
+    assert message in str(stop.value)
+
+
+def test_evaluate_compares_an_export_with_the_baselines(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    sources = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
+    small = ["--records=4", "--pool_sizes=[1, 4]", "--singles=2", "--queries_per_kind=1", "--exact_match=false"]
+    run(evaluate_command.evaluate, [f"--editor=[{exported}]", f"--data={sources}", f"--out={out}", *small])
+    report = json.loads(out.read_text())
+    assert set(report["aggregate"]) == {"unedited", "icl", "icl_right_edit", "incomes"}
+    assert len(report["records"]["incomes"]["4"]) == 4
+    assert len(report["records"]["incomes"]["1"]) == 2
+    assert report["aggregate"]["unedited"]["4"]["locality/token_agreement"]["value"] == 1.0
+    assert report["meta"]["protocols"]
+
+
+def test_evaluate_refuses_an_unknown_baseline(exported: Path) -> None:
+    with pytest.raises(SystemExit, match="unknown baseline 'rome'"):
+        run(evaluate_command.evaluate, [f"--editor=[{exported}]", '--data=[{"format": "facts"}]', "--baselines=[rome]"])
