@@ -30,8 +30,7 @@ def test_it_knows_and_believes_its_context(backbone):
 
 
 def test_the_calibrated_matcher_finds_held_out_subjects_by_held_out_wordings(backbone):
-    """Chance is 1 in 41. The quickstart calibrates on twice as many records; at its pools of 100 the first try gave 0.93
-    in scope and 0.97 out of it."""
+    """Chance is 1 in 41. The quickstart calibrates on twice as many records."""
     model = GistModel(backbone, GistConfig(selection="hidden"))
     calibrate(model, list(read_facts("train"))[:400], seed=0, steps=100)
     records = [r for r in read_facts("val") if r.domain == "city-country"][:40]
