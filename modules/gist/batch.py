@@ -71,6 +71,7 @@ class QueryConfig:
         per_record: how many queries are drawn for each record.
         rates: how often each kind is drawn, among those that the record has. Locality queries are out of scope: the
             teacher sees no edit there, and the zero-gist is the right choice.
+        closing: text after the answer, scored with it: a model that only ever sees answers does not learn to end one.
         max_edit_tokens, max_query_tokens: longer edits, or edit + query, are left out of training (paper: 128 and 256).
     """
 
@@ -78,6 +79,7 @@ class QueryConfig:
     rates: dict[Kind, float] = field(
         default_factory=lambda: {"request": 0.3, "rephrase": 0.3, "portability": 0.1, "locality": 0.3}
     )
+    closing: str = ""
     max_edit_tokens: int = 128
     max_query_tokens: int = 256
 
@@ -154,7 +156,8 @@ class GistCollator:
         padding = pad_id(self.tokenizer)
         queries, answers, packed, positions, blocks, with_edit, alone = [], [], [], [], [], [], []
         for row in rows:
-            encoded = encode(self.tokenizer, row.query.prompt, row.query.target, bos=False)
+            answer = row.query.target + self.config.closing
+            encoded = encode(self.tokenizer, row.query.prompt, answer, bos=False)
             ids = list(encoded.ids)
             # free text has no stem: its first tokens cannot be known from the edit (released code)
             start = (encoded.target_start if row.query.prompt else 0) or min(len(ids) // 2, 12)

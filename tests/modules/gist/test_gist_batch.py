@@ -196,3 +196,14 @@ def test_block_mask_is_causal_within_blocks() -> None:
         [0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1],  # padding sees itself, so that its softmax is no NaN
     ]
+
+
+def test_a_closing_text_is_scored_with_the_answer(
+    tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]
+) -> None:
+    one = slots(records[:1])
+    plain = GistCollator(tokenizer, QueryConfig(rates={"request": 1.0}))(one)
+    closed = GistCollator(tokenizer, QueryConfig(rates={"request": 1.0}, closing="."))(one)
+    assert closed.queries[0, -1] == tokenizer(".")["input_ids"][0]
+    assert torch.equal(closed.queries[0, :-1], plain.queries[0])
+    assert closed.answer.sum() == plain.answer.sum() + 1
