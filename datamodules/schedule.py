@@ -39,16 +39,16 @@ def stable_hash(*key: object) -> int:
 
 
 def pool_sizes(
-    seed: int, epoch: int, batch: int, total: int, sizes: Sequence[int], rates: Sequence[float]
+    seed: int, epoch: int, step: int, total: int, sizes: Sequence[int], rates: Sequence[float]
 ) -> list[int]:
     """Split a micro-batch into pools: sizes drawn at the given rates until `total` is covered, the last one cut to fit.
 
     Args:
-        seed, epoch, batch: what the draw depends on; `batch` counts the micro-batches of the epoch.
+        seed, epoch, step: what the draw depends on; `step` counts the optimizer steps of the epoch.
         total: records of the micro-batch (on one rank).
         sizes, rates: the sizes to draw from, and how often each is drawn (relative).
     """
-    draw = random.Random(stable_hash("pools", seed, epoch, batch))
+    draw = random.Random(stable_hash("pools", seed, epoch, step))
     drawn: list[int] = []
     left = total
     while left:
@@ -85,8 +85,9 @@ class PoolSchedule(Sampler[list[Place]]):
 
     Micro-batch m of an epoch is the slice [m R W, (m + 1) R W) of the epoch's order, and each rank takes its own R
     records of it. The tail of an epoch that does not fill an optimizer step on all ranks is left out (other records the
-    next time). A slot's seed depends on its position in the epoch alone, so that with R * W * A held fixed an optimizer
-    step is the same slots at any world size; only the pools they are in change with R.
+    next time). A slot's seed depends on its position in the epoch alone, and pool sizes are drawn once for an optimizer
+    step. So with R and W * A held fixed a step is the same slots in the same pools at any world size; with R * W * A held
+    fixed it is the same slots, and only the pools they are in change with R.
 
     An iteration covers the epoch given by `set_epoch`, by default the one after the last. The epoch in which `start`
     lies begins there, however often it is iterated, and other epochs at their beginning.
@@ -168,7 +169,7 @@ class PoolSchedule(Sampler[list[Place]]):
 
     def _places(self, order: np.ndarray, epoch: int, batch: int) -> list[Place]:
         first = (batch * self.world_size + self.rank) * self.batch_size
-        drawn = pool_sizes(self.seed, epoch, batch, self.batch_size, self.sizes, self.rates)
+        drawn = pool_sizes(self.seed, epoch, batch // self.batches_per_step, self.batch_size, self.sizes, self.rates)
         pools = [pool for pool, size in enumerate(drawn) for _ in range(size)]
         return [
             Place(int(order[at]), pool, stable_hash("slot", self.seed, epoch, at))

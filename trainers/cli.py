@@ -1,14 +1,23 @@
 """The command line: LightningCLI with bare config names, one run folder, and errors that say what to do."""
 
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from trainers.callbacks.save_checkpoints import SaveCheckpoints
+from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
+from trainers.checkpoints.single import FolderIO
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -76,51 +85,106 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str, default="runs/default", help="folder of this run")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to continue from, or: last")
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "step{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-                "checkpoint.mode": "max",
-                "checkpoint.save_on_exception": True,
-            }
-        )
+        parser.add_lightning_class_args(SaveCheckpoints, "checkpoint")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=lambda folder: f"{folder}/checkpoints")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        configured = trainer.strategy.checkpoint_io
+        if type(configured) is TorchCheckpointIO:  # Lightning's default
+            trainer.strategy.checkpoint_io = FolderIO()
+        elif not isinstance(configured, FolderIO):
+            raise ValueError(
+                f"trainer.plugins has {type(configured).__name__}, which writes no manifest: its checkpoints could not "
+                "be told from damaged ones. Take it out"
+            )
+        return trainer
+
     def checkpoint(self) -> str | None:
         """The checkpoint to continue from. Says in one line what happens; refuses to write over an earlier run.
 
+        Rank 0 reads all of it to know that it is whole, the other ranks compare sizes; rank 0's choice is loaded.
+
         Raises:
             FileNotFoundError: for a path at which there is nothing.
-            FileExistsError: where the run folder has checkpoints and nothing is said about them.
+            FileExistsError: where the run folder has checkpoints and nothing is said about them, or later ones.
+            CheckpointError: for a damaged one, and where none is whole for `last`; it names the file.
         """
         folder = Path(self.config.run_dir) / "checkpoints"
         wanted = self.config.ckpt_path
-        there = sorted(folder.glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
         if wanted is None:
-            if there:
+            if any(folder.glob("*.ckpt")):
                 raise FileExistsError(
                     f"{folder} holds checkpoints of an earlier run. Continue it with --ckpt_path last, or choose "
                     f"another folder with --run_dir."
                 )
             return None
-        if wanted != "last":
-            if not Path(wanted).exists():
-                raise FileNotFoundError(f"--ckpt_path {wanted}: there is no such checkpoint")
-            return wanted
-        last = folder / "last.ckpt"
-        chosen = last if last.exists() else (there[-1] if there else None)
-        print(f"continuing from {chosen}" if chosen else f"no checkpoint in {folder} yet: starting from the beginning")
+        chosen = last(folder) if wanted == "last" else given(Path(wanted), folder)
         return str(chosen) if chosen else None
 
 
+def last(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run. None where there is none at all yet.
+
+    Raises:
+        CheckpointError: where there are checkpoints and none is whole: to begin anew would be to write over them.
+    """
+    chosen, warned = newest(folder, hashes=is_rank_zero())
+    if chosen is None and any(folder.glob("*.ckpt")):
+        raise CheckpointError(f"{'; '.join(warned)}. Begin anew in another folder with --run_dir, or remove {folder}")
+    if is_rank_zero():
+        for line in warned:
+            print(f"warning: {line}", file=sys.stderr)
+        print(f"continuing from {chosen}" if chosen else f"no checkpoint in {folder} yet: starting from the beginning")
+    return chosen
+
+
+def given(path: Path, folder: Path) -> Path:
+    """The checkpoint `path`, from which a run goes on that saves to `folder`.
+
+    Raises:
+        FileNotFoundError, FileExistsError, CheckpointError: as `TrainingCLI.checkpoint` does.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--ckpt_path {path}: there is no such checkpoint")
+    try:
+        step = verify(path, hashes=is_rank_zero())["step"]
+    except CheckpointError as error:
+        other, _ = newest(path.parent, hashes=is_rank_zero())
+        remedy = f"the newest whole one there is {other}" if other else f"there is no whole one in {path.parent}"
+        raise CheckpointError(f"--ckpt_path: {error}; {remedy}") from error
+    later = [other.name for other in whole(folder) if read_manifest(other)["step"] > step]
+    if later:
+        raise FileExistsError(
+            f"{folder} holds checkpoints of later steps than {path.name}: {', '.join(later)}. Continue from the newest "
+            "with --ckpt_path last, choose another folder with --run_dir, or remove them."
+        )
+    return path
+
+
+def rank() -> str:
+    """This process's rank in its job, as the launcher says before the processes know each other."""
+    return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
+
+
+def is_rank_zero() -> bool:
+    return rank() == "0"
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the program with exit code 1 and one line: for what all ranks meet alike, so that only rank 0 need say it."""
+    sys.exit(f"error: {error}" if is_rank_zero() else 1)
+
+
 def parse(args: Sequence[str] | None = None) -> TrainingCLI:
-    """Parse and build; errors about files end the program with one line rather than a traceback."""
+    """Parse and build; errors end the program with one line of rank 0's rather than a traceback of each rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return TrainingCLI(args)
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        with nullcontext() if is_rank_zero() else redirect_stderr(io.StringIO()):
+            return TrainingCLI(args)
+    except (FileNotFoundError, FileExistsError, ValueError, MisconfigurationException) as error:
+        fail(error)
+    except SystemExit as end:  # of jsonargparse, which has said why
+        sys.exit(end.code if is_rank_zero() or not end.code else 1)

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import torch
 
 from modules.export import export as write
+from trainers.checkpoints import zero
+from trainers.checkpoints.folder import CheckpointError, newest, verify
+from trainers.checkpoints.single import STATE
 from trainers.cli import TrainingCLI
 from trainers.command import run
 
@@ -25,28 +29,65 @@ def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another folder with --out, or remove it")
-    file = Path(run_dir) / "checkpoints" / "last.ckpt" if checkpoint == "last" else Path(checkpoint)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {file}")
+    path = chosen(Path(run_dir) / "checkpoints", checkpoint)
+    manifest = verify(path)
     # the machine that exports need not be the one that trained
     here = [
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
+        "--trainer.num_nodes=1",
         "--trainer.strategy=auto",
         "--trainer.precision=32-true",
     ]
     cli = TrainingCLI([f"--config={config}", *here])
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    cli.model.on_load_checkpoint(saved)
-    cli.model.load_state_dict(saved["state_dict"], strict=False)
+    fill(cli.model, path, manifest["kind"])
     results = Path(metrics) if metrics else Path(run_dir) / "evaluation.json"
     about = {
-        "step": int(saved["global_step"]),
+        "step": int(manifest["step"]),
         "data": cli.config.data.as_dict() if "data" in cli.config else {},
         "metrics": json.loads(results.read_text(encoding="utf-8")).get("aggregate") if results.is_file() else None,
     }
     write(cli.model, target, about)
     print(f"wrote {target} (step {about['step']}); python -m trainers.edit --editor {target} edits with it")
+
+
+def chosen(folder: Path, checkpoint: str) -> Path:
+    """A checkpoint by path, or the newest whole one of a folder, with a line for each that is passed over.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    if checkpoint != "last":
+        return Path(checkpoint)
+    path, warnings = newest(folder)
+    for line in warnings:
+        print(line)
+    if path is None:
+        raise FileNotFoundError(f"there is no whole checkpoint in {folder}")
+    return path
+
+
+def fill(module: L.LightningModule, path: Path, kind: str) -> None:
+    """Put a checkpoint's trained tensors into a module, one after the other.
+
+    Args:
+        kind: "file", of one process or DDP, or "zero", of DeepSpeed's shards.
+
+    Raises:
+        CheckpointError: where they do not fit.
+    """
+    module.configure_model()
+    names: set[str] = module.trained_names()  # type: ignore[operator]
+    places = dict(module.named_parameters()) | dict(module.named_buffers())
+    saved = torch.load(path / STATE, map_location="cpu", weights_only=True)["state_dict"].items() if kind == "file" else zero.tensors(path)
+    found = set()
+    with torch.no_grad():
+        for name, tensor in saved:
+            if name in names:
+                found.add(name)
+                places[name].copy_(tensor)
+    if found != names:
+        raise CheckpointError(f"{path} lacks {len(names - found)} trained tensors ({', '.join(sorted(names - found)[:3])}): use the config.yaml of its run")
 
 
 if __name__ == "__main__":

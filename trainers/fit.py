@@ -3,17 +3,21 @@
 import sys
 from collections.abc import Sequence
 
-from trainers.cli import parse
+from trainers.checkpoints.folder import CheckpointError
+from trainers.cli import fail, is_rank_zero, parse, rank
 
 
 def main(args: Sequence[str] | None = None) -> None:
     cli = parse(args)
     try:
         checkpoint = cli.checkpoint()
-    except (FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
-    # weights_only stays on: a checkpoint is data, and loading it runs no code
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
+    except (CheckpointError, FileNotFoundError, FileExistsError) as error:
+        fail(error)
+    try:
+        # weights_only stays on: a checkpoint is data, and loading it runs no code
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
+    except CheckpointError as error:  # perhaps of this rank alone
+        sys.exit(f"error: {error}" if is_rank_zero() else f"error on rank {rank()}: {error}")
 
 
 if __name__ == "__main__":

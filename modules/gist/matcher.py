@@ -82,9 +82,9 @@ class GistMatcher(nn.Module):
         """
         with torch.autocast(states.device.type, enabled=False):
             keep = mask.bool()[..., None]
-            mapped = (states.float() - self.mean) @ self.map  # [B, T, d]
+            mapped = (states.float() - self.mean.float()) @ self.map.float()  # [B, T, d]; DeepSpeed casts modules whole
             if address is None:
-                weight = (mapped @ self.emphasis).masked_fill(~keep[..., 0], HIDDEN).softmax(-1)  # [B, T]
+                weight = (mapped @ self.emphasis.float()).masked_fill(~keep[..., 0], HIDDEN).softmax(-1)  # [B, T]
                 found = F.normalize((weight[..., None] * mapped).sum(1), dim=-1)
                 return found, found
             match = F.normalize(mapped, dim=-1) @ address.float().T  # [B, T, N]
@@ -94,8 +94,8 @@ class GistMatcher(nn.Module):
             match = match.cummax(dim=1).values
             if carried is not None:
                 match = match[:, 1:]
-            scale = self.log_scale.exp() / temperature
-            logits = scale * (match - self.threshold)
+            scale = self.log_scale.float().exp() / temperature
+            logits = scale * (match - self.threshold.float())
             if visible is not None:
                 logits = logits.masked_fill(~visible[:, None], HIDDEN)
             zero = torch.full_like(logits[..., :1], 0.0 if self.zero_gist else HIDDEN)

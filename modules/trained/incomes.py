@@ -280,8 +280,15 @@ class InComeS(L.LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
+        strategy: Any = self.trainer.strategy
         if "teacher" in self._outside:
-            self._outside["teacher"].to(self.device)
+            hold = getattr(strategy, "hold", None)  # a strategy that shares out weights (ZeRO-3)
+            hold(self._outside["teacher"]) if hold else self._outside["teacher"].to(self.device)
+        if hasattr(strategy, "register_external"):
+            heads = [head_of(m) for m in (self.gists.language_model, self.gists.reader.model, self.teacher)]
+            strategy.register_external(
+                p for p in [self.gists.gist_embedding, *(t for head in heads for t in head)] if p is not None
+            )
 
     def on_train_epoch_start(self) -> None:
         self.gists.language_model.train()
@@ -372,7 +379,7 @@ class InComeS(L.LightningModule):
         selection_lr = config.lr if config.selection_lr is None else config.selection_lr
         groups = [{"params": language, "lr": config.lr}, {"params": selection, "lr": selection_lr}]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay
+            [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         steps = config.decay_steps or self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.share(step, int(steps)))
@@ -416,6 +423,8 @@ class InComeS(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
+        if "state_dict" not in checkpoint:
+            return  # of a strategy that loads, and checks, by itself
         missing = sorted(self.trained_names() - set(checkpoint["state_dict"]))
         extra = sorted(set(checkpoint["state_dict"]) - self.trained_names())
         if missing or extra:

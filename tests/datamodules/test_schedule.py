@@ -78,6 +78,24 @@ def test_a_step_is_the_same_slots_however_it_is_spread() -> None:
         assert len(steps[0]) == 16
         assert all(s == steps[0] for s in steps)
 
+def test_a_step_has_the_same_pools_on_ranks_as_in_accumulation() -> None:
+    """Edits that compete are the same ones, so the same update can come of it."""
+    for step in range(6):
+        steps = []
+        for world_size, accumulate in [(1, 4), (2, 2), (4, 1)]:
+            of_rank = [
+                step_of(schedule(100, 4, world_size=world_size, rank=r, batches_per_step=accumulate), step)
+                for r in range(world_size)
+            ]
+            pools: dict[tuple[int, int, int], list[int]] = {}
+            for r, batches in enumerate(of_rank):
+                for b, batch in enumerate(batches):
+                    for place in batch:
+                        pools.setdefault((r, b, place.pool), []).append(place.index)
+            steps.append(sorted(map(sorted, pools.values())))
+        assert 4 <= len(steps[0]) <= 8
+        assert steps[0] == steps[1] == steps[2]
+
 
 def test_seeds_are_distinct_and_change_with_the_epoch() -> None:
     sampler = schedule()

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from trainers import command, export, fit
-from trainers.cli import find_config, parse
+from trainers.checkpoints.folder import digest, seal, stage
+from trainers.checkpoints.single import STATE, FolderIO
+from trainers.cli import TrainingCLI, find_config, parse
 
 TINY = ["--config", "incomes_tiny"]
 
@@ -89,7 +90,7 @@ def test_fit_export_and_what_is_refused_between(quick: list[str], tmp_path: Path
     assert said.getvalue().count("starting from the beginning") == 1
     run = tmp_path / "run"
     assert {"config.yaml", "checkpoints"} <= {p.name for p in run.iterdir()}
-    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step2.ckpt"]
 
     message, code = ends(fit.main, quick)
     assert code not in (0, None)
@@ -107,9 +108,12 @@ def test_fit_export_and_what_is_refused_between(quick: list[str], tmp_path: Path
 
     marker = tmp_path / "ran"
     evil = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {}, "global_step": 0, "evil": _Evil(str(marker))}, evil)
+    FolderIO().save_checkpoint({"state_dict": {}, "global_step": 0, "evil": _Evil(str(marker))}, evil)
     with pytest.raises((pickle.UnpicklingError, SystemExit)):
         command.run(export.export, ["--run_dir", str(run), "--out", str(tmp_path / "o2"), "--checkpoint", str(evil)])
+    message, code = ends(fit.main, [*quick, f"--run_dir={tmp_path / 'other'}", f"--ckpt_path={evil}"])
+    assert code not in (0, None)
+    assert str(evil / STATE) in message
     assert not marker.exists()
     assert not (tmp_path / "o2").exists()
 
@@ -126,3 +130,120 @@ class _Evil:
 
 def test_fast_dev_run(quick: list[str]) -> None:
     fit.main([*quick, "--trainer.fast_dev_run=true"])
+
+
+# ---------------------------------------------------------------- what to continue from
+
+
+def save(folder: Path, step: int, content: bytes = b"weights") -> Path:
+    path = folder / f"step{step}.ckpt"
+    staged = stage(path)
+    (staged / STATE).write_bytes(content)
+    seal(staged, path, digest(staged), {"step": step, "kind": "file", "world_size": 1})
+    return path
+
+
+def continues(run: Path, ckpt_path: str | Path) -> tuple[str | None, str, str]:
+    """What a run would continue from, and what it says on stdout and stderr."""
+    cli = TrainingCLI([*TINY, f"--run_dir={run}", f"--ckpt_path={ckpt_path}"])
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        chosen = cli.checkpoint()
+    return chosen, out.getvalue(), err.getvalue()
+
+
+def refuses(run: Path, *options: str) -> str:
+    """The one line with which a run is refused."""
+    _, code = ends(fit.main, [*TINY, f"--run_dir={run}", *options])
+    assert isinstance(code, str)  # an exit code of 1, and this on stderr
+    assert code.startswith("error: ")
+    assert "\n" not in code
+    return code
+
+
+def test_last_of_nothing_is_the_beginning(tmp_path: Path) -> None:
+    said = f"no checkpoint in {tmp_path / 'checkpoints'} yet: starting from the beginning\n"
+    assert continues(tmp_path, "last") == (None, said, "")
+    stage(tmp_path / "checkpoints" / "step1.ckpt")
+    chosen, out, err = continues(tmp_path, "last")
+    assert (chosen, out) == (None, said)
+    assert err.count("warning: ") == 1
+    assert ".step1.ckpt.partial" in err
+
+
+def test_last_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    earlier, later = save(folder, 9), save(folder, 10)
+    assert continues(tmp_path, "last") == (str(later), f"continuing from {later}\n", "")
+    (later / STATE).write_bytes(b"w_ights")
+    chosen, out, err = continues(tmp_path, "last")
+    assert chosen == str(earlier)
+    assert out == f"continuing from {earlier}\n"
+    assert err == f"warning: {later} is damaged: {STATE}: content changed; using step9.ckpt instead\n"
+    monkeypatch.setenv("RANK", "1")  # compares sizes, says nothing, and loads what rank 0 has chosen
+    assert continues(tmp_path, "last") == (str(later), "", "")
+
+
+def test_last_never_begins_anew_where_all_is_damaged(tmp_path: Path) -> None:
+    (save(tmp_path / "checkpoints", 1) / STATE).unlink()
+    said = refuses(tmp_path, "--ckpt_path=last")
+    assert f"{STATE}: missing" in said
+    assert "--run_dir" in said
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    assert "last.ckpt is a single file" in refuses(tmp_path / "old", "--ckpt_path=last")
+
+
+def test_a_damaged_path_is_refused_with_an_alternative(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    whole, damaged = save(folder, 1), save(folder, 2)
+    (damaged / STATE).write_bytes(b"w_ights")
+    said = refuses(tmp_path, f"--ckpt_path={damaged}")
+    assert f"{damaged} is damaged: {STATE}: content changed" in said
+    assert f"the newest whole one there is {whole}" in said
+    (whole / STATE).unlink()
+    assert f"there is no whole one in {folder}" in refuses(tmp_path, f"--ckpt_path={damaged}")
+
+
+def test_a_path_continues_unless_later_steps_are_there(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    one, two = save(folder, 1), save(folder, 2)
+    assert continues(tmp_path, two)[0] == str(two)
+    assert continues(tmp_path / "branch", one)[0] == str(one)
+    said = refuses(tmp_path, f"--ckpt_path={one}")
+    assert "step2.ckpt" in said
+    assert "--run_dir" in said
+
+
+def test_a_checkpoint_error_in_training_is_one_line(quick: list[str], tmp_path: Path) -> None:
+    options = [*quick, "--trainer.val_check_interval=1", "--checkpoint.monitor=val/relyability"]
+    message, code = ends(fit.main, options)
+    assert isinstance(code, str)
+    assert code.startswith("error: checkpoint.monitor is 'val/relyability'")
+    assert "val/reliability/token_accuracy" in code
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_errors_are_said_by_rank_0_alone(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "checkpoints", 1)
+    wrong = [["--model.init_args.loss.kl_wieght=1"], ["--data.init_args.records_per_batch=0"], []]
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, rank)
+        for options in wrong:
+            message, code = ends(fit.main, [*TINY, f"--run_dir={tmp_path}", *options])
+            assert code not in (0, None)
+            assert bool(message) == (rank == "0")
+            assert rank == "0" or code == 1
+
+
+def test_checkpoints_without_manifests_are_refused(tmp_path: Path) -> None:
+    plugin = "--trainer.plugins=[{class_path: lightning.pytorch.plugins.io.AsyncCheckpointIO}]"
+    message, _ = ends(parse, [*TINY, plugin])
+    assert "trainer.plugins has AsyncCheckpointIO" in message
+    ours = parse([*TINY, "--trainer.plugins=[{class_path: trainers.checkpoints.single.FolderIO}]"])
+    others = parse(
+        [*TINY, "--trainer.plugins=[{class_path: lightning.pytorch.plugins.environments.LightningEnvironment}]"]
+    )
+    for cli in (ours, others):
+        assert type(cli.trainer.strategy.checkpoint_io) is FolderIO

@@ -62,7 +62,30 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, options: list[str]
     whole, seen = run(tmp_path / "whole", 6, None, *options)
     _, before = run(tmp_path / "part", 3, None, *options)
     torch.rand(5)
-    resumed, after = run(tmp_path / "part", 6, tmp_path / "part" / "checkpoints" / "last.ckpt", *options)
+    resumed, after = run(tmp_path / "part", 6, tmp_path / "part" / "checkpoints" / "step3.ckpt", *options)
+    same(whole, seen, resumed, before, after)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "options"),
+    [
+        (2, ["--trainer.val_check_interval=8", "--checkpoint.every_n_steps=4"]),
+        (1, ["--trainer.val_check_interval=2", "--checkpoint.monitor=train/loss", "--checkpoint.top_k=9"]),
+    ],
+    ids=["saved before its validation", "saved after it"],
+)
+def test_resumed_where_a_validation_is(tmp_path: Path, accumulate: int, options: list[str]) -> None:
+    options = [*options, f"--trainer.accumulate_grad_batches={accumulate}", "--checkpoint.at_end=false"]
+    whole, seen = run(tmp_path / "whole", 6, None, *options)
+    _, before = run(tmp_path / "part", 5, None, *options)
+    resumed, after = run(tmp_path / "part", 6, tmp_path / "part" / "checkpoints" / "step4.ckpt", *options)
+    for of_every_batch in (before.seen, before.losses, before.rates):
+        del of_every_batch[4 * accumulate :]
+    same(whole, seen, resumed, before, after)
+
+
+def same(whole: TrainingCLI, seen: Watch, resumed: TrainingCLI, before: Watch, after: Watch) -> None:
+    """A run in two parts is the uninterrupted one, bit for bit."""
     assert before.seen + after.seen == seen.seen
     assert before.losses + after.losses == seen.losses
     assert before.rates + after.rates == seen.rates

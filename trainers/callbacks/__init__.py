@@ -4,7 +4,16 @@ from trainers.callbacks.final_evaluation import FinalEvaluation
 from trainers.callbacks.grad_norm import GradNorm
 from trainers.callbacks.pool_sizes import PoolSizes
 from trainers.callbacks.sample_edits import SampleEdits
+from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.callbacks.selection_figures import SelectionFigures
 from trainers.callbacks.throughput import Throughput
 
-__all__ = ["FinalEvaluation", "GradNorm", "PoolSizes", "SampleEdits", "SelectionFigures", "Throughput"]
+__all__ = [
+    "FinalEvaluation",
+    "GradNorm",
+    "PoolSizes",
+    "SampleEdits",
+    "SaveCheckpoints",
+    "SelectionFigures",
+    "Throughput",
+]

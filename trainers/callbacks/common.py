@@ -1,7 +1,7 @@
 """What several callbacks need: the run's TensorBoard files, its records, and a model left as it was found."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, cast
 
 import lightning as L
@@ -66,10 +66,13 @@ def writers(trainer: L.Trainer) -> list[SummaryWriter]:
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """No gradients, and afterwards every submodule in the mode, and every generator of random numbers in the state, of
-    before: a run with a callback trains exactly as one without it."""
+    before: a run with a callback trains exactly as one without it. Weights in shards are whole within (ZeRO-3), so all
+    ranks come here together."""
     modes = {m: m.training for m in module.modules()}
+    trainer = getattr(module, "_trainer", None)
+    gathered = getattr(trainer.strategy, "gathered", nullcontext) if trainer else nullcontext
     try:
-        with isolate_rng(), torch.no_grad():
+        with gathered(), isolate_rng(), torch.no_grad():
             yield
     finally:
         for m, training in modes.items():
