@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainers import fit
 from trainers.callbacks.save_checkpoints import SCORES, SaveCheckpoints
-from trainers.checkpoints.folder import CheckpointError, newest, stage, verify, whole
+from trainers.checkpoints.folder import CheckpointError, newest, remove, stage, verify, whole
 from trainers.checkpoints.single import FolderIO
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,8 @@ class Scored(L.LightningModule):
         return (self.weight - batch[0]).square().mean()
 
     def validation_step(self, batch: Any, index: int) -> None:
-        self.log("val/score", self.made_up.get(self.global_step, 0.0))
+        if not self.trainer.sanity_checking:  # on a part of the data, not every metric need have a value
+            self.log("val/score", self.made_up.get(self.global_step, 0.0))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -204,6 +205,13 @@ def test_of_equal_scores_the_earlier_stays(tmp_path: Path) -> None:
     assert kept(tmp_path) == [1, 4]
 
 
+def test_an_equal_score_is_no_reason_to_save(tmp_path: Path) -> None:
+    for mode in ("max", "min"):
+        folder = tmp_path / mode
+        train(folder, 3, {1: 0.5, 2: 0.5, 3: 0.5}, monitor="val/score", mode=mode, at_end=False)
+        assert kept(folder) == [1]
+
+
 def test_a_validation_saves_the_best_also_between_intervals(tmp_path: Path) -> None:
     """Saved at 4 and at the end, validated at 1, 2, 3 ...: the best step is kept wherever it is."""
     _, _, watch = train(tmp_path, 7, SCORED, every_n_steps=4, monitor="val/score")
@@ -259,6 +267,36 @@ def test_a_resumed_run_goes_on_with_what_is_there(tmp_path: Path) -> None:
     assert noted(folder) == {"step2.ckpt": 0.875, "step6.ckpt": 0.25}
     assert not list(folder.glob(".*"))
     assert saves.names == ["step2.ckpt", "step6.ckpt"]
+
+
+def test_what_is_gone_no_longer_counts(tmp_path: Path) -> None:
+    train(tmp_path, 4, SCORED, every_n_steps=2, monitor="val/score")
+    remove(tmp_path / "step2.ckpt")
+    _, saves, _ = train(tmp_path, 6, SCORED, every_n_steps=6, monitor="val/score", resume=tmp_path / "step4.ckpt")
+    assert kept(tmp_path) == [5, 6]
+    assert saves.best() == ["step5.ckpt"]
+
+
+def test_a_step_that_is_made_again_has_no_score_of_before(tmp_path: Path) -> None:
+    train(tmp_path, 3, SCORED, every_n_steps=1, monitor="val/score", top_k=3)
+    train(tmp_path, 2, SCORED, 100, every_n_steps=1, monitor="val/score", top_k=3, resume=tmp_path / "step1.ckpt")
+    assert noted(tmp_path) == {"step1.ckpt": 0.5, "step3.ckpt": 0.125}
+    assert kept(tmp_path) == [1, 2, 3]
+
+
+def test_going_on_from_another_folder(tmp_path: Path) -> None:
+    class Preempt(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            for saves in trainer.checkpoint_callbacks:
+                assert isinstance(saves, SaveCheckpoints)
+                saves.save(trainer)
+
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    train(one, 2)
+    _, _, watch = train(two, 3, resume=one / "step2.ckpt", every_n_steps=2, accumulate_grad_batches=3)
+    assert {step: names for step, names in watch.seen if names} == {3: ["step3.ckpt"]}  # none within a step
+    train(three, 3, resume=one / "step2.ckpt", callbacks=[Preempt()], at_end=False)
+    assert kept(three) == [2]
 
 
 def test_nothing_is_saved_where_nothing_is_left_to_train(tmp_path: Path) -> None:

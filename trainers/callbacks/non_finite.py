@@ -103,15 +103,20 @@ class NonFinite(L.Callback):
         return True
 
 
-def _told(rank: int, records: list[list[str]], bad: list[bool]) -> str | None:
-    """What one rank has to say: its micro-batches with a bad loss or, where the gradient alone is, all of them."""
-    wrong = [r for r, is_bad in zip(records, bad, strict=True) if is_bad]
-    if not wrong:
-        return None
-    names = [name for part in wrong for name in part]
+def _told(rank: int, records: list[list[str]], bad: list[bool]) -> str:
+    """What one rank has to say: the records of its micro-batches with a bad loss or, where it has none, of all."""
+    wrong = [part for part, is_bad in zip(records, bad, strict=True) if is_bad]
+    names = [name for part in wrong or records for name in part]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"the loss is not finite on rank {rank}, records {', '.join(names[:SHOWN])}{more}"
+    what = "the loss is not finite" if wrong else "the loss is finite"
+    return f"{what} on rank {rank} (records {', '.join(names[:SHOWN])}{more})"
 
 
-def _gathered(told: str | None) -> list[str]:
-    return [told] if told else []
+def _gathered(told: str) -> list[str]:
+    """What every rank has to say: those with a bad loss, if there are any; else it is the gradient."""
+    every = [told]
+    if dist.is_available() and dist.is_initialized():
+        every = [""] * dist.get_world_size()
+        dist.all_gather_object(every, told)
+    bad = [text for text in every if "not finite" in text]
+    return bad or ["a gradient is not finite", *every]

@@ -1,0 +1,162 @@
+"""Runs of the tiny config as real processes that form one job: `python ranks.py SPEC.json` is one rank of it.
+
+A test writes what is to be run, `together` starts the ranks, and rank 0 leaves what it saw in a file for each run.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.val_check_interval=1000",
+    "--checkpoint.at_end=false",
+    "--model.init_args.optimizer.decay_steps=20",
+]
+# the same 16 records in the same pools for each step: 8 of a micro-batch, on two ranks or in two accumulated ones
+TWO = ["--trainer.devices=2"]
+ONE = ["--trainer.devices=1", "--trainer.accumulate_grad_batches=2"]
+HALVES = ["--data.init_args.records_per_batch=8", "--data.init_args.pool_sizes=[2, 4, 8]"]
+
+
+def zero(stage: int, *more: str) -> list[str]:
+    """The arguments of ZeRO at a stage."""
+    settings = {"stage": stage, "timeout": 60, "persistence_threshold": 100}
+    given = [f"--trainer.strategy.init_args.{key}={value}" for key, value in settings.items()]
+    return ["--trainer.strategy=trainers.strategies.Zero", *given, *more]
+
+
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What tells a process its place in the job."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return os.environ | {key: str(value) for key, value in place.items()} | own
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(folder: Path, runs: Sequence[Mapping[str, Any]], ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """Start the ranks of one job, which does the runs one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps({"folder": str(folder), "runs": list(runs)}), encoding="utf-8")
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, str(spec)],
+            env=environment(rank, ranks, port),
+            stdout=(folder / f"out{rank}.txt").open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def together(folder: Path, runs: Sequence[Mapping[str, Any]], ranks: int = 2) -> dict[str, dict[str, Any]]:
+    """Do the runs as one job of so many ranks: what rank 0 saw of each, by name."""
+    import torch
+
+    started = start(folder, runs, ranks)
+    codes = [process.wait(timeout=300) for process in started]
+    said = "\n".join((folder / f"out{rank}.txt").read_text()[-3000:] for rank in range(ranks))
+    assert codes == [0] * ranks, said
+    return {run["name"]: torch.load(folder / f"{run['name']}.pt", weights_only=True) for run in runs}
+
+
+def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """One run on this rank, in folder / name. Keys: name, args, steps; save: whether to save at the end; resume: the
+    checkpoint to go on from; nan: [rank, step] at which the loss is made no number; fails: whether it is to."""
+    import lightning as L
+    import torch
+
+    from trainers.cli import TrainingCLI
+
+    class Watch(L.Callback):
+        losses: list[float]
+        records: list[list[str]]
+
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            self.losses, self.records = [], []
+            if run.get("nan"):
+                rank, step = run["nan"]
+                whole = module.losses
+
+                def losses(batch: Any, visible: Any) -> dict[str, Any]:
+                    found = whole(batch, visible)
+                    if trainer.global_rank == rank and trainer.global_step == step:
+                        found["loss"] = found["loss"] * float("nan")
+                    return found
+
+                module.losses = losses
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.records.append(batch.records)
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            if run.get("save"):
+                trainer.checkpoint_callback.save(trainer)
+
+    args = ["--config=incomes_tiny", *QUIET, *HALVES, f"--run_dir={folder / run['name']}", *run["args"]]
+    cli = TrainingCLI([*args, f"--trainer.max_steps={run['steps']}"])
+    watch = Watch()
+    trainer, module = cli.trainer, cli.model
+    trainer.callbacks.insert(0, watch)
+    error = None
+    try:
+        trainer.fit(module, cli.datamodule, ckpt_path=run.get("resume"))
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+        if not run.get("fails"):
+            raise
+    gathered = getattr(trainer.strategy, "gathered", nullcontext)
+    with gathered():
+        params = {n: p.detach().float().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
+        answers = ask(module.editor(), cli.datamodule) if run.get("save") else None
+    every: list[Any] = [watch.records]
+    if trainer.world_size > 1:
+        every = [None] * trainer.world_size
+        torch.distributed.all_gather_object(every, watch.records)
+    return {"losses": watch.losses, "params": params, "records": every, "error": error, "answers": answers}
+
+
+def ask(editor: Any, datamodule: Any) -> list[Any]:
+    """Log-probabilities [tokens] of some validation answers, with the edits in place."""
+    import torch
+
+    records = datamodule.validation_records()[:4]
+    asked = [q for r in records for q in r.rephrases]
+    with torch.no_grad(), editor.edit(editor.model.backbone, [r.request for r in records]) as edited:
+        return [a.log_probs for a in edited.score([q.prompt for q in asked], [q.target for q in asked])]
+
+
+def main(spec: Path) -> None:
+    import torch
+
+    given = json.loads(spec.read_text(encoding="utf-8"))
+    folder = Path(given["folder"])
+    for run in given["runs"]:
+        seen = perform(run, folder)
+        if os.environ["RANK"] == "0":
+            torch.save(seen, folder / f"{run['name']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

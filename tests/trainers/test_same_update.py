@@ -1,0 +1,77 @@
+"""The same records give the same losses and the same parameters, however a job is spread: the tiny config, 20 steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import ONE, TWO, perform, together, zero
+
+DDP = "--trainer.strategy=ddp_find_unused_parameters_true"
+SPREADS: dict[str, list[str]] = {
+    "ddp": [*TWO, DDP],
+    "zero1": [*TWO, *zero(1)],
+    "zero2": [*TWO, *zero(2)],
+    "zero3": [*TWO, *zero(3)],
+}
+TRAINED = {"full": [], "lora": ["--model.init_args.train=lora"]}
+STEPS = 20
+OFFLOAD = [f"--trainer.strategy.init_args.offload_{what}=true" for what in ("optimizer", "parameters")]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every run, by the name of its spread and of what is trained: one process here, two processes for the others."""
+    folder = tmp_path_factory.mktemp("runs")
+    wanted = [
+        {"name": f"{spread}-{part}", "args": [*args, *more], "steps": STEPS}
+        for part, more in TRAINED.items()
+        for spread, args in SPREADS.items()
+    ]
+    # the frozen teacher in shards, weights that are gathered for validation, layers that are run again
+    harder = ["--trainer.val_check_interval=5", "--model.init_args.gradient_checkpointing=true"]
+    shards = zero(3, "--trainer.strategy.init_args.partition_teacher=true")
+    wanted.append({"name": "zero3-teacher", "args": [*TWO, *shards, *harder], "steps": STEPS})
+    wanted.append({"name": "offload", "args": [*TWO, *zero(3, *OFFLOAD)], "steps": STEPS})
+    found = together(folder, wanted)
+    alone = [{"name": f"one-{part}", "args": [*ONE, *more], "steps": STEPS} for part, more in TRAINED.items()]
+    return found | {run["name"]: perform(run, folder) for run in alone}
+
+
+def steps(losses: list[float], per_step: int) -> list[float]:
+    """The loss of each optimizer step, from those of its micro-batches."""
+    return [sum(losses[i : i + per_step]) / per_step for i in range(0, len(losses), per_step)]
+
+
+@pytest.mark.parametrize(
+    ("spread", "part"),
+    [*((s, p) for s in SPREADS for p in TRAINED), ("zero3-teacher", "full"), ("offload", "full")],
+)
+def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], spread: str, part: str) -> None:
+    one = runs[f"one-{part}"]
+    two = runs[f"{spread}-{part}"] if spread in SPREADS else runs[spread]
+    assert len(two["losses"]) == STEPS
+    assert two["losses"] == pytest.approx(steps(one["losses"], 2), rel=1e-5)  # of losses of 0.3 to 2
+    assert two["params"].keys() == one["params"].keys()
+    for name, tensor in one["params"].items():
+        torch.testing.assert_close(two["params"][name], tensor, rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_training_moved_what_it_trains(runs: dict[str, Any]) -> None:
+    """The comparison above would hold for runs that do nothing."""
+    full, lora = runs["zero2-full"], runs["zero2-lora"]
+    assert max(full["losses"]) - min(full["losses"]) > 0.1
+    assert {n for n in lora["params"] if "lora_B" in n}
+    assert all(t.abs().max() > 0 for n, t in lora["params"].items() if "lora_B" in n)  # they start at zero
+
+
+@pytest.mark.parametrize("spread", list(SPREADS))
+def test_ranks_see_disjoint_records_of_equal_number(runs: dict[str, Any], spread: str) -> None:
+    first, second = runs[f"{spread}-full"]["records"]
+    assert [len(step) for step in first] == [len(step) for step in second] == [8] * STEPS
+    assert not {r for step in first for r in step} & {r for step in second for r in step}
+    together_ = [set(a) | set(b) for a, b in zip(first, second, strict=True)]
+    (alone,) = runs["one-full"]["records"]
+    assert together_ == [set(a) | set(b) for a, b in zip(alone[::2], alone[1::2], strict=True)]
+
+

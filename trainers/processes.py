@@ -1,0 +1,58 @@
+"""The processes of a run on one machine: those that Lightning has started end when the one that started them dies."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+LEADER = "PALIMPSEST_LEADER"  # names, to the processes that a rank starts, that rank's process id
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Tie the ranks that Lightning starts beside the first one of a machine to that one.
+
+    To be called first by every rank. When the first one dies, by whatever cause, the others are killed within seconds,
+    also while they wait in a collective for what will never come. Ranks that torchrun, srun or a user has started are
+    left alone: whoever starts them watches them.
+
+    Raises:
+        SystemExit: if the first rank is dead already.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[LEADER] = str(os.getpid())
+        return
+    leader = int(os.environ.get(LEADER, 0))
+    if not leader or (leader != os.getppid() and is_alive(leader)):
+        return  # started by something else, perhaps somewhere below a run
+    if not _kill_at_parents_death():
+        threading.Thread(target=end_with, args=(leader,), daemon=True, name="end-with-parent").start()
+    if leader != os.getppid():  # it died before it was watched
+        sys.exit(f"error: the process that started this rank ({leader}) is dead")
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process with this id."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def end_with(parent: int, seconds: float = 1.0) -> None:
+    """Look every so many seconds whether `parent` is still this process's parent, and kill this process if not."""
+    while os.getppid() == parent:
+        time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_at_parents_death() -> bool:
+    """Have the kernel do it, which needs no running interpreter. False where the kernel cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)) == 0
