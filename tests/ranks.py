@@ -3,11 +3,13 @@
 A test writes what is to be run, `together` starts the ranks, and rank 0 leaves what it saw in a file for each run.
 """
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,8 +83,13 @@ def together(folder: Path, runs: Sequence[Mapping[str, Any]], ranks: int = 2) ->
 
 
 def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """One run on this rank, in folder / name. Keys: name, args, steps; save: whether to save at the end; resume: the
-    checkpoint to go on from; nan: [rank, step] at which the loss is made no number; fails: whether it is to."""
+    """One run on this rank, in folder / name.
+
+    Keys: name, args, steps; save: whether to save at the end; resume: the checkpoint to go on from; usage: whether to
+    note memory, open files and processes after each step; fails: whether it is to. What goes wrong in it: nan: [rank,
+    step] where the loss is no number; full_disk: [rank, step] after which nothing can be written; slow_save: the step
+    whose checkpoint stops half-way.
+    """
     import lightning as L
     import torch
 
@@ -91,24 +98,25 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     class Watch(L.Callback):
         losses: list[float]
         records: list[list[str]]
+        usage: list[tuple[int, int, int]]
 
         def on_fit_start(self, trainer: Any, module: Any) -> None:
-            self.losses, self.records = [], []
+            self.losses, self.records, self.usage = [], [], []
             if run.get("nan"):
-                rank, step = run["nan"]
-                whole = module.losses
+                not_a_number(trainer, module, *run["nan"])
 
-                def losses(batch: Any, visible: Any) -> dict[str, Any]:
-                    found = whole(batch, visible)
-                    if trainer.global_rank == rank and trainer.global_step == step:
-                        found["loss"] = found["loss"] * float("nan")
-                    return found
-
-                module.losses = losses
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            self.records.append(batch.records)
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
-            self.records.append(batch.records)
+            (folder / f"{run['name']}.{trainer.global_rank}.step").write_text(str(trainer.global_step))
+            if run.get("usage"):
+                self.usage.append(usage())
+            if trainer.global_step == run.get("slow_save"):
+                slow_save(folder)
+            if [trainer.global_rank, trainer.global_step] == run.get("full_disk"):
+                full_disk()
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             if run.get("save"):
@@ -134,7 +142,50 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if trainer.world_size > 1:
         every = [None] * trainer.world_size
         torch.distributed.all_gather_object(every, watch.records)
-    return {"losses": watch.losses, "params": params, "records": every, "error": error, "answers": answers}
+    return {"losses": watch.losses, "params": params, "records": every, "error": error, "answers": answers, "usage": watch.usage}
+
+
+def not_a_number(trainer: Any, module: Any, rank: int, step: int | None) -> None:
+    plain = module.losses
+
+    def losses(batch: Any, visible: Any) -> dict[str, Any]:
+        found = plain(batch, visible)
+        if trainer.global_rank == rank and step in (None, trainer.global_step):
+            found["loss"] = found["loss"] * float("nan")
+        return found
+
+    module.losses = losses
+
+
+def slow_save(folder: Path) -> None:
+    """From now on a file that is saved is followed by a long wait."""
+    import torch
+
+    plain = torch.save
+
+    def save(state: Any, path: Any, *args: Any, **options: Any) -> None:
+        plain(state, path, *args, **options)
+        (folder / "saving").touch()
+        time.sleep(300)
+
+    torch.save = save
+
+
+def full_disk() -> None:
+    import torch
+
+    def save(state: Any, path: Any, *args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    torch.save = save
+
+
+def usage() -> tuple[int, int, int]:
+    """Resident bytes, open files and child processes of this process."""
+    import psutil
+
+    process = psutil.Process()
+    return process.memory_info().rss, process.num_fds(), len(process.children(recursive=True))
 
 
 def ask(editor: Any, datamodule: Any) -> list[Any]:

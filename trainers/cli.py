@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from trainers.callbacks.non_finite import NonFinite
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
 from trainers.checkpoints.single import FolderIO
@@ -85,6 +86,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str, default="runs/default", help="folder of this run")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to continue from, or: last")
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
+        parser.add_lightning_class_args(NonFinite, "non_finite")
         parser.add_lightning_class_args(SaveCheckpoints, "checkpoint")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=lambda folder: f"{folder}/checkpoints")
         parser.link_arguments("run_dir", "trainer.default_root_dir")

@@ -7,9 +7,8 @@ import lightning as L
 import torch
 
 from modules.export import export as write
-from trainers.checkpoints import zero
+from trainers.checkpoints import single
 from trainers.checkpoints.folder import CheckpointError, newest, verify
-from trainers.checkpoints.single import STATE
 from trainers.cli import TrainingCLI
 from trainers.command import run
 
@@ -79,7 +78,10 @@ def fill(module: L.LightningModule, path: Path, kind: str) -> None:
     module.configure_model()
     names: set[str] = module.trained_names()  # type: ignore[operator]
     places = dict(module.named_parameters()) | dict(module.named_buffers())
-    saved = torch.load(path / STATE, map_location="cpu", weights_only=True)["state_dict"].items() if kind == "file" else zero.tensors(path)
+    if kind == "zero":
+        from trainers.checkpoints import zero  # DeepSpeed takes seconds to import
+
+    saved = zero.tensors(path) if kind == "zero" else single.tensors(path)
     found = set()
     with torch.no_grad():
         for name, tensor in saved:
@@ -87,7 +89,10 @@ def fill(module: L.LightningModule, path: Path, kind: str) -> None:
                 found.add(name)
                 places[name].copy_(tensor)
     if found != names:
-        raise CheckpointError(f"{path} lacks {len(names - found)} trained tensors ({', '.join(sorted(names - found)[:3])}): use the config.yaml of its run")
+        lacking = sorted(names - found)
+        raise CheckpointError(
+            f"{path} lacks {len(lacking)} trained tensors ({', '.join(lacking[:3])}): use the config.yaml of its run"
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from lightning.fabric.strategies.deepspeed import _validate_device_index_selecti
 from lightning.fabric.utilities.distributed import _InfiniteBarrier
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -102,7 +102,7 @@ class Zero(DeepSpeedStrategy):
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         if isinstance(self.accelerator, CPUAccelerator):
-            if get_accelerator()._name != "cpu":
+            if cast(Any, get_accelerator())._name != "cpu":
                 set_accelerator(CPU_Accelerator())
         elif not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
@@ -140,7 +140,7 @@ class Zero(DeepSpeedStrategy):
             args=argparse.Namespace(device_rank=self._device_rank),
             config=self.config,
             model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            model_parameters=cast(Any, [p for p in model.parameters() if p.requires_grad]),
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             dist_init_required=False,

@@ -284,25 +284,30 @@ def test_a_step_that_is_made_again_has_no_score_of_before(tmp_path: Path) -> Non
     assert kept(tmp_path) == [1, 2, 3]
 
 
+class Preempt(L.Callback):
+    """Has every step saved before it is made."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        for saves in trainer.checkpoint_callbacks:
+            assert isinstance(saves, SaveCheckpoints)
+            saves.save(trainer)
+
+
 def test_going_on_from_another_folder(tmp_path: Path) -> None:
-    class Preempt(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-            for saves in trainer.checkpoint_callbacks:
-                assert isinstance(saves, SaveCheckpoints)
-                saves.save(trainer)
-
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    train(one, 2)
-    _, _, watch = train(two, 3, resume=one / "step2.ckpt", every_n_steps=2, accumulate_grad_batches=3)
-    assert {step: names for step, names in watch.seen if names} == {3: ["step3.ckpt"]}  # none within a step
-    train(three, 3, resume=one / "step2.ckpt", callbacks=[Preempt()], at_end=False)
-    assert kept(three) == [2]
+    train(one, 3)
+    _, _, watch = train(two, 4, resume=one / "step3.ckpt", every_n_steps=3, accumulate_grad_batches=3)
+    assert {step: names for step, names in watch.seen if names} == {4: ["step4.ckpt"]}  # none within a step
+    train(three, 4, resume=one / "step3.ckpt", callbacks=[Preempt()], at_end=False)
+    assert kept(three) == [3]
 
 
-def test_nothing_is_saved_where_nothing_is_left_to_train(tmp_path: Path) -> None:
+def test_the_step_that_a_run_goes_on_from_is_not_saved_again(tmp_path: Path) -> None:
     train(tmp_path, 2)
     before = (tmp_path / "step2.ckpt" / "manifest.json").stat().st_mtime_ns
     train(tmp_path, 2, resume=tmp_path / "step2.ckpt")
+    train(tmp_path, 3, resume=tmp_path / "step2.ckpt", callbacks=[Preempt()], at_end=False)
+    assert kept(tmp_path) == [2]
     assert (tmp_path / "step2.ckpt" / "manifest.json").stat().st_mtime_ns == before
 
 

@@ -61,7 +61,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         rest("1x2-2x3", saved("1x2"), *TWO, *zero(3)),
     ]
     found = together(folder, first) | together(folder, then, ranks=1) | together(folder, last)
-    return found | {"one": perform(half("one", *ONE), folder), "one-lora": perform(half("one-lora", *ONE, *LORA), folder)}
+    alone = {"one": half("one", *ONE), "one-lora": half("one-lora", *ONE, *LORA)}
+    return found | {name: perform(run, folder) for name, run in alone.items()}
 
 
 @pytest.mark.parametrize(("resumed", "whole"), [("2x2-2x2", "whole"), ("2x3-2x3", "whole3")])
@@ -93,7 +94,7 @@ def test_frozen_parameters_are_not_saved(runs: dict[str, Any], folder: Path) -> 
     """The adapters are a small part of the tiny model, and so is their checkpoint."""
     saved = folder / "2x3-lora" / "checkpoints" / "step3.ckpt"
     manifest = verify(saved)
-    trained = {n for n in runs["2x3-lora"]["params"]}
+    trained = set(runs["2x3-lora"]["params"])
     assert set(manifest["parameters"]) == trained
     count = sum(t.numel() for t in runs["2x3-lora"]["params"].values())
     # a 32-bit copy and two moments, and what describes them
@@ -107,7 +108,8 @@ def test_an_export_answers_as_the_run_did(runs: dict[str, Any], folder: Path, ru
     for name in (run, alone):
         out = folder / f"export-{run}-{name}"
         export.export(str(folder / name), str(out))
-        cli = TrainingCLI([f"--config={folder / name / 'config.yaml'}", "--trainer.strategy=auto", "--trainer.devices=1"])
+        config = folder / name / "config.yaml"
+        cli = TrainingCLI([f"--config={config}", "--trainer.strategy=auto", "--trainer.devices=1"])
         answers.append(ask(load_editor(out), cli.datamodule))
     here, there = answers
     for before, after in zip(runs[run]["answers"], here, strict=True):

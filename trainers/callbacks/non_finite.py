@@ -3,13 +3,10 @@
 from typing import Any, Literal
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-
-from trainers.strategies import Zero
 
 SHOWN = 8  # records that a message names
 
@@ -60,8 +57,8 @@ class NonFinite(L.Callback):
             loss.register_hook(lambda gradient: gradient + 0 * value)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if isinstance(trainer.strategy, Zero):
-            return  # it has looked at its shards by itself when the step is over, and left them alone
+        if _judges(trainer):
+            return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         overflow = not scaled and not bool(get_total_norm(gradients).isfinite())
@@ -73,8 +70,8 @@ class NonFinite(L.Callback):
     ) -> None:
         if trainer.global_step == self._step:
             return
-        if isinstance(trainer.strategy, Zero):
-            self._met(trainer, pl_module, trainer.strategy.refused_step)
+        if _judges(trainer):
+            self._met(trainer, pl_module, trainer.strategy.refused_step)  # type: ignore[attr-defined]
         self._step = trainer.global_step
         self._records.clear()
         self._bad.clear()
@@ -101,6 +98,11 @@ class NonFinite(L.Callback):
             print(f"skipped {text}")
         module.log("train/skipped_steps", float(self.skipped))
         return True
+
+
+def _judges(trainer: L.Trainer) -> bool:
+    """Whether the strategy looks at the gradients itself, in its step, as ZeRO does with its shards."""
+    return hasattr(type(trainer.strategy), "refused_step")
 
 
 def _told(rank: int, records: list[list[str]], bad: list[bool]) -> str:

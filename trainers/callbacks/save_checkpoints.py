@@ -74,7 +74,7 @@ class SaveCheckpoints(Checkpoint):
         step = trainer.global_step
         self._step, self._stepped = step, False
         self._saved = step if step == 0 or self._path(step).name in self.names else None
-        if self._then not in (None, self.state_dict()):
+        if self.names and self._then not in (None, self.state_dict()):
             rank_zero_warn(
                 f"checkpoint.monitor or mode is another one now: the checkpoints in {self.folder} cannot be compared "
                 "with new ones, and stay until you remove them"

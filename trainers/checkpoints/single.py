@@ -1,6 +1,7 @@
 """The checkpoint of one process, or of DDP, whose ranks hold the same: one file in its folder."""
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class FolderIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove(Path(path))
+
+
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained tensors of a checkpoint, by name."""
+    yield from FolderIO().load_checkpoint(path)["state_dict"].items()
 
 
 def _processes() -> int:

@@ -1,6 +1,6 @@
 """DeepSpeed's universal checkpoint: `python -m trainers.checkpoints.universal STEP.ckpt FOLDER STAGE`.
 
-A module of its own because it is run as a process of its own: it starts workers, and what it held in memory goes with it.
+A module of its own because it is run as a process of its own: it starts workers, and its memory goes with it.
 DeepSpeed converts to another number of ranks at the same stage; stages 1 and 2 read another form than stage 3, and what
 is missing between the two is added here.
 """

@@ -1,4 +1,4 @@
-"""A ZeRO checkpoint: DeepSpeed's own files, one or two of each rank, inside a folder that is sealed when all are there."""
+"""A ZeRO checkpoint: DeepSpeed's own files, one or two of each rank, in a folder that is sealed when all are there."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
-from trainers.checkpoints.folder import CheckpointError, digest, read_manifest, seal, stage
+from trainers.checkpoints.folder import CheckpointError, digest, failed, partial, read_manifest, remove, seal, stage
 
 TAG = "checkpoint"  # DeepSpeed's name of the folder in the folder
 
@@ -38,7 +38,7 @@ class ShardFiles(TorchCheckpointEngine):
             torch.save(state_dict, path)
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
-            self.failure = self.failure or f"{path}: {error}"
+            self.failure = self.failure or str(failed(Path(path).parents[1], error))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -56,38 +56,44 @@ def save(engine: Any, path: Path, client_state: Mapping[str, Any], facts: Mappin
     Raises:
         CheckpointError: on all ranks, if any could not write; what was there before is as it was.
     """
+    engine.checkpoint_engine.written, engine.checkpoint_engine.failure = [], None
+    engine._copy_recovery_script = lambda _: None  # a script that loads pickles as code; trainers.export serves instead
+    try:
+        _write(engine, path, dict(client_state), dict(facts))
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            remove(partial(path))
+        raise
+
+
+def _write(engine: Any, path: Path, client_state: dict[str, Any], facts: dict[str, Any]) -> None:
     files: ShardFiles = engine.checkpoint_engine
-    files.written, files.failure = [], None
-    rank = dist.get_rank()
-    staged = path.parent / f".{path.name}.partial"
+    rank, staged = dist.get_rank(), partial(path)
     if rank == 0:
         try:
-            staged = stage(path)
-            (staged / TAG).mkdir()
+            (stage(path) / TAG).mkdir()
             (staged / "latest").write_text(TAG, encoding="utf-8")
         except OSError as error:
-            files.failure = f"{staged}: {error}"
-    agree(files.failure, path)
-    client_state = dict(client_state) | {"param_groups": hyperparameters(engine.optimizer)}
-    engine._copy_recovery_script = lambda _: None  # a script that loads pickles as code; trainers.export serves instead
+            files.failure = str(failed(path, error))
+    agree(files.failure, f"{path.name} is not saved")
+    client_state["param_groups"] = hyperparameters(engine.optimizer)
     engine.save_checkpoint(
         str(staged), tag=TAG, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
     )
-    agree(files.failure, path)
-    own = [file.relative_to(staged).as_posix() for file in files.written]
+    agree(files.failure, f"{path.name} is not saved")
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, digest(staged, own))
+    dist.all_gather_object(found, digest(staged, [file.relative_to(staged).as_posix() for file in files.written]))
     failure = None
     if rank == 0:
-        listed = {name: facts for part in [*found, digest(staged, ["latest"])] for name, facts in part.items()}
+        listed = {name: of_file for part in [*found, digest(staged, ["latest"])] for name, of_file in part.items()}
         try:
-            seal(staged, path, listed, dict(facts))
+            seal(staged, path, listed, facts)
         except CheckpointError as error:
             failure = str(error)
-    agree(failure, path)
+    agree(failure, f"{path.name} is not saved")
 
 
-def agree(failure: str | None, path: Path, what: str = "could not be written") -> None:
+def agree(failure: str | None, what: str) -> None:
     """Raise on all ranks where one has failed.
 
     Raises:
@@ -95,9 +101,9 @@ def agree(failure: str | None, path: Path, what: str = "could not be written") -
     """
     every: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, failure)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text]
-    if failed:
-        raise CheckpointError(f"the checkpoint {path} {what}: {'; '.join(failed[:3])}")
+    met = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text]
+    if met:
+        raise CheckpointError(f"{what}: {'; '.join(met[:3])}")
 
 
 def load(engine: Any, path: Path, stage: int, optimizer_states: bool, wait: Callable[[], Any]) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def load(engine: Any, path: Path, stage: int, optimizer_states: bool, wait: Call
         print(f"{path.name} is of {then[0]} ranks at stage {then[1]}, this run of {now[0]} at {now[1]}: converting")
         failure = convert(path, folder, stage)
     wait()
-    agree(failure, path, "could not be converted to this number of ranks")
+    agree(failure, f"{path} could not be converted to this number of ranks")
     engine._config.load_universal_checkpoint = True
     try:
         _, client_state = engine.load_checkpoint(
@@ -159,7 +165,7 @@ def load(engine: Any, path: Path, stage: int, optimizer_states: bool, wait: Call
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The trained parameters of a checkpoint, in float32, and its buffers, by name: one at a time from files that are
     mapped into memory, so that at most one set of weights is held, and no optimizer states."""
-    found = get_fp32_state_dict_from_zero_checkpoint(str(path), TAG, exclude_frozen_parameters=True, lazy_mode=True)
+    found: Any = get_fp32_state_dict_from_zero_checkpoint(str(path), TAG, exclude_frozen_parameters=True, lazy_mode=True)
     for name in list(found):
         yield name, found.pop(name).contiguous()
 

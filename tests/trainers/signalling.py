@@ -1,0 +1,49 @@
+"""Runs of the command line in processes of their own, and a signal that comes at a known step."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RUN = (
+    "--config=incomes_tiny",
+    "--model.init_args.optimizer.decay_steps=20",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.callbacks+=trainers.callbacks.preemption.Preemption",
+    "--trainer.callbacks+=trainers.callbacks.step_seed.StepSeed",
+)
+DDP = ("--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true")
+
+
+class SignalAt(L.Callback):
+    """Sends a real signal to a rank's process, or to the one that started it, in the middle of a step."""
+
+    def __init__(
+        self, step: int, name: Literal["SIGTERM", "SIGUSR1"] = "SIGTERM", rank: int = 0, parent: bool = False
+    ) -> None:
+        self.step, self.name, self.rank, self.parent = step, name, rank, parent
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getppid() if self.parent else os.getpid(), signal.Signals[self.name])
+
+
+def signal_at(step: int, **options: Any) -> list[str]:
+    """The arguments that put a `SignalAt` into a run."""
+    given = [f"--trainer.callbacks.{name}={value}" for name, value in {"step": step, **options}.items()]
+    return ["--trainer.callbacks+=signalling.SignalAt", *given]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what launchers leave in it, for a new process that finds this module."""
+    left = ("LOCAL_", "RANK", "WORLD_", "NODE_", "MASTER_", "PL_", "SLURM_", "TORCHELASTIC_", "PALIMPSEST_LEADER")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), clean["PATH"]])
+    return clean | {"PYTHONPATH": str(HERE), "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
