@@ -26,7 +26,8 @@ else
     meet=(--node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
 
-# torchrun itself gives its processes 30 seconds after a signal, and ends with 1 whatever they ended with
+# torchrun itself gives its processes 30 seconds after a signal, and ends with 1 whatever they ended with. The first of
+# them that ends is the end of the others, but none ends with 143 before all have seen the checkpoint whole.
 torchrun='
 import signal, sys
 import psutil
@@ -43,7 +44,7 @@ try:
     main()
 except ChildFailedError as error:
     codes = {failure.exitcode for failure in error.failures.values()}
-    sys.exit(143 if codes == {143} else str(error))
+    sys.exit(143 if 143 in codes else str(error))
 '
 exec python -c "$torchrun" --nnodes "$nodes" --nproc-per-node "$gpus" "${meet[@]}" \
     --max-restarts 0 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO as this project uses it: on GPUs and on CPUs, with checkpoints that are whole or do not count."""
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -19,7 +20,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from trainers.checkpoints import zero
+# DeepSpeed looks for a device as it is imported, and warns where there is none
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from trainers.checkpoints import zero  # noqa: E402
 
 
 class Zero(DeepSpeedStrategy):
@@ -155,10 +160,12 @@ class Zero(DeepSpeedStrategy):
     # ------------------------------------------------------------------ shards
 
     def hold(self, frozen: PreTrainedModel) -> None:
-        """Bring a frozen model that stands beside the trained one to the device; its decoder in shards, if configured.
+        """Bring a frozen model that stands beside the trained one to the device, in the precision of the training; its
+        decoder in shards, if configured.
 
         An untied output head stays whole: the losses read its weight outside any forward pass.
         """
+        frozen.to(dtype=self.precision_plugin._desired_dtype)  # as DeepSpeed does with the trained one
         if not self.partition_teacher:
             frozen.to(self.root_device)  # type: ignore[arg-type]
             return

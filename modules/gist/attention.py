@@ -76,7 +76,11 @@ class GistCall:
         """Keep what this layer has at the gist tokens; key and value [B, K, T, D], unrotated [B, T, K, D]."""
         assert self.write_at is not None
         rows = torch.arange(len(self.write_at), device=key.device)
-        keys = unrotated[rows, self.write_at] if self.keys_before_rope else key[rows, :, self.write_at]
+        keys = key[rows, :, self.write_at]
+        if self.keys_before_rope:
+            # The unrotated keys are taken inside their layer. Under ZeRO-3 its weight is there in the backward pass only
+            # if a gradient comes by the output of the layer too: by the rotated keys, to which nothing else may lead.
+            keys = unrotated[rows, self.write_at] + 0 * keys
         self.written[layer] = LayerGists(keys, value[rows, :, self.write_at])
 
     def read(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:

@@ -286,9 +286,8 @@ class InComeS(L.LightningModule):
             hold(self._outside["teacher"]) if hold else self._outside["teacher"].to(self.device)
         if hasattr(strategy, "register_external"):
             heads = [head_of(m) for m in (self.gists.language_model, self.gists.reader.model, self.teacher)]
-            strategy.register_external(
-                p for p in [self.gists.gist_embedding, *(t for head in heads for t in head)] if p is not None
-            )
+            own = [p for n, p in self.gists.named_parameters() if not n.startswith("language_model.")]
+            strategy.register_external([*own, *(p for head in heads for p in head if p is not None)])
 
     def on_train_epoch_start(self) -> None:
         self.gists.language_model.train()
@@ -408,7 +407,7 @@ class InComeS(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         assert self.metrics is not None
         for name, value in self.metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy")
+            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/bench_memory.py --only upper    # those whose name has "upper"; --steps 2 --json FILE
 
 Measured is the peak resident set of three optimizer steps on a random model and texts as long as the limits allow, over
-that of a process that has only parsed the same configuration. Linux.
+that of the same run of a model of next to no parameters (width 8), which has all libraries and no memory of its own. The
+estimate is without what it allows for the process. Linux.
 """
 
 import argparse
@@ -16,8 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +33,6 @@ EDIT, QUERY, RECORDS = 64, 128, 16
 MODEL = "--model.init_args."
 BASE = [
     "--config=incomes_tiny.yaml",
-    f"{MODEL}backbone.overrides={json.dumps(SHAPE)}",
     f"{MODEL}queries.max_edit_tokens={EDIT}",
     f"{MODEL}queries.max_query_tokens={QUERY}",
     f"{MODEL}calibration_records=0",
@@ -42,11 +40,20 @@ BASE = [
     f"--data.init_args.pool_sizes=[{RECORDS}]",
     "--data.init_args.pool_rates=[1.0]",
     "--trainer.num_sanity_val_steps=0",
+    "--checkpoint.at_end=false",
     "--trainer.limit_val_batches=0",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
 PUBLISHED = [f"{MODEL}gist.selection=qk", f"{MODEL}loss.golden_weight=0"]
+SMALL = SHAPE | {"num_hidden_layers": 4}
+NOTHING = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "vocab_size": 257,
+}
 CHECKPOINTING = [f"{MODEL}gradient_checkpointing=true"]
 CASES: dict[str, list[str]] = {
     "full": PUBLISHED,
@@ -60,7 +67,7 @@ CASES: dict[str, list[str]] = {
     "full, bf16-mixed": [*PUBLISHED, "--trainer.precision=bf16-mixed"],
     "full, two micro-batches": [*PUBLISHED, "--trainer.accumulate_grad_batches=2"],
     "full, ZeRO-2": [*PUBLISHED, "--config=zero2_cpu.yaml"],
-    "small": [*PUBLISHED, f"{MODEL}backbone.overrides={json.dumps(SHAPE | {'num_hidden_layers': 4})}"],
+    "small": PUBLISHED,
 }
 
 
@@ -74,61 +81,79 @@ def write_data(folder: Path) -> Path:
 
 
 def train(args: list[str], steps: int) -> None:
-    """In the process of a case: print the resident set before the run, and at its peak."""
+    """In the process of a case: run it and print the resident set at its peak."""
     from trainers.cli import TrainingCLI
 
     cli = TrainingCLI([*args, f"--trainer.max_steps={steps}"])
-    before = psutil.Process().memory_info().rss
-    if steps:
-        cli.trainer.fit(cli.model, cli.datamodule)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"before": before, "peak": peak}))
+    cli.trainer.fit(cli.model, cli.datamodule)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def measure(args: list[str], steps: int) -> int:
-    """Bytes that a run adds to a process that has parsed its configuration."""
-    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    """Bytes of the resident set of a run at its peak."""
+    own = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, __file__, "--train", json.dumps(args), "--steps", str(steps)]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the run failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["peak"] - found["before"]
+    return int(done.stdout.splitlines()[-1])
 
 
 def compare(name: str, steps: int = 3) -> dict[str, Any]:
     """Estimate and measurement of a case, in bytes; components at the estimate's largest moment."""
     from trainers.estimate import cards
     from trainers.estimate.command import parsed
-    from trainers.estimate.estimate import estimate
+    from trainers.estimate.totals import estimate
 
     with tempfile.TemporaryDirectory() as folder:
-        source = [{"format": "pairs", "path": str(write_data(Path(folder))), "options": {"edit": "edit", "text": "text"}}]
-        args = [*BASE, *CASES[name], f"--data.init_args.train={json.dumps(source)}", f"--run_dir={folder}/run"]
-        found = estimate(parsed(args), 1, cards.named("cpu"))
-        estimated = found.total - found.components["process"]
-        measured = measure(args, steps)
+        source = [
+            {"format": "pairs", "path": str(write_data(Path(folder))), "options": {"edit": "edit", "text": "text"}}
+        ]
+        args = [*BASE, *CASES[name], f"--data.init_args.train={json.dumps(source)}"]
+
+        def of(shape: dict[str, int], run: str) -> list[str]:
+            return [*args, f"{MODEL}backbone.overrides={json.dumps(shape)}", f"--run_dir={folder}/{run}"]
+
+        shape = SMALL if name == "small" else SHAPE
+        found = estimate(parsed(of(shape, "run")), 1, cards.named("cpu"))
+        measured = measure(of(shape, "run"), steps) - measure(of(NOTHING, "nothing"), steps)
     parts = {k: v for k, v in found.components.items() if k != "process"}
-    return {"case": name, "estimated": estimated, "measured": measured, "moment": found.moment, "components": parts}
+    return {
+        "case": name,
+        "estimated": sum(parts.values()),
+        "measured": measured,
+        "moment": found.moment,
+        "components": parts,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="part of the names of the configurations")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also write what was found here")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.train:
         return train(json.loads(given.train), given.steps)
-    found = [compare(name, given.steps) for name in CASES if given.only in name]
-    print("| configuration | estimated MiB | measured MiB | estimate / measured | largest moment |\n|---|---:|---:|---:|---|")
-    for row in found:
-        ratio = row["estimated"] / row["measured"]
-        mib = [f"{row[key] / 2**20:,.0f}" for key in ("estimated", "measured")]
-        print(f"| {row['case']} | {mib[0]} | {mib[1]} | {ratio:.2f} | {row['moment']} |")
+    print(
+        "| configuration | estimated MiB | measured MiB | estimate / measured | largest moment |\n|---|---:|---:|---:|---|"
+    )
+    found = []
+    for name in CASES:
+        if given.only in name:
+            row = compare(name, given.steps)
+            mib = [f"{row[key] / 2**20:,.0f}" for key in ("estimated", "measured")]
+            ratio = row["estimated"] / row["measured"]
+            print(f"| {name} | {mib[0]} | {mib[1]} | {ratio:.2f} | {row['moment']} |", flush=True)
+            found.append(row)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
+    return None
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def test_pool_sizes_are_counted_once_a_pool():
 def test_pool_sizes_are_logged(tmp_path, cache):
     watched = fit(tmp_path, cache, [PoolSizes()], accumulate_grad_batches=2, log_every_n_steps=2, val_check_interval=4)
     (event,) = watched.events.Histograms("train/pool_size")
-    schedule = [pools(watched, batch) for batch in range(4)]  # two steps of two micro-batches
+    schedule = [pools(watched, step) for step in (0, 0, 1, 1)]  # two steps of two micro-batches
     drawn = [size for sizes in schedule for size in sizes]
     assert event.step == 2
     assert event.histogram_value.num == len(drawn)
@@ -263,9 +263,9 @@ def test_pool_sizes_are_logged(tmp_path, cache):
     assert scalars(watched.events, "train/pool_size_mean") == [pytest.approx(24 / len(drawn))]
 
 
-def pools(run, batch: int) -> list[int]:
+def pools(run, step: int) -> list[int]:
     module = run.trainer.datamodule
-    return schedule_sizes(module.seed, 0, batch, 6, module.pool_sizes, module.pool_rates)
+    return schedule_sizes(module.seed, 0, step, 6, module.pool_sizes, module.pool_rates)
 
 
 # ---------------------------------------------------------------- figures of selection

@@ -3,39 +3,38 @@ one."""
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.trainers.signalling import DDP, ROOT, RUN, SignalAt, environment, signal_at
+from tests.trainers import signalling
+from tests.trainers.signalling import DDP, RUN, SignalAt, run, signal_at
 from trainers.callbacks import preemption
-from trainers.callbacks.preemption import Preemption
+from trainers.callbacks.preemption import Preemption, exit_code
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.checkpoints.folder import whole
 from trainers.checkpoints.single import FolderIO
+from trainers.fit import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Model(BoringModel):
-    """Logs each micro-batch's number as its loss."""
+    """Logs the number of each micro-batch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.batches: list[int] = []
-        self.ended = False
+    ended = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.batches.append(batch_idx)
         self.log("train/batch", float(batch_idx))
         return super().training_step(batch, batch_idx)
 
@@ -54,6 +53,16 @@ class Do(L.Callback):
 
         self.done = False
         setattr(self, hook, once)
+
+
+class Late(L.Callback):
+    """Sees which micro-batches are ended, though it stands behind `Preemption` in the list."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch_idx)
 
 
 def handlers() -> list[Any]:
@@ -86,13 +95,12 @@ def fit(folder: Path, *callbacks: L.Callback, steps: int = 4, **options: Any) ->
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_the_step_is_finished_saved_and_logged(name: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    seen: list[int] = []
-    watch = Do("on_exception", lambda trainer, module, error: seen.extend(module.batches))
+    late = Late()
     middle = Do("on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.Signals[name]))
     with pytest.raises(SystemExit) as end:
-        fit(tmp_path, middle, watch, steps=4, val_check_interval=2, num_sanity_val_steps=0)
+        fit(tmp_path, middle, late, val_check_interval=2, num_sanity_val_steps=0)
     assert end.value.code == 143
-    assert seen == [0, 1]  # the first step's second micro-batch, and nothing after it
+    assert late.seen == [0, 1]  # the first step's second micro-batch, to its end, and nothing after it
     assert [path.name for path in whole(tmp_path)] == ["step1.ckpt"]
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"{name}: saved {tmp_path / 'step1.ckpt'}; go on with --ckpt_path last")
@@ -131,7 +139,6 @@ def test_before_training_a_signal_does_what_it_does_by_default(tmp_path: Path) -
 def test_second_signal_does_what_it_does_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(preemption, "REPEAT", 0.0)
-    monkeypatch.setattr(signal, "default_int_handler", signal.default_int_handler)
     before = signal.signal(signal.SIGUSR1, lambda number, frame: calls.append(number))
 
     def twice(*_: Any) -> None:
@@ -174,20 +181,24 @@ def test_trains_in_a_thread(tmp_path: Path) -> None:
     assert ended == [True]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "local_rank", "code"),
+    [(LightningEnvironment, 0, 143), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 143)],
+)
+def test_rank_that_lightning_started_ends_with_0(launcher: type, local_rank: int, code: int) -> None:
+    """Lightning kills the first rank for any other code of theirs."""
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(cluster_environment=launcher()), local_rank=local_rank)
+    assert exit_code(trainer) == code
+
+
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"preemption\.signals.*SIGNOTHING"):
         Preemption(["SIGNOTHING"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="SaveCheckpoints"):
-        L.Trainer(accelerator="cpu", callbacks=[Preemption()], logger=False, enable_checkpointing=False).fit(Model())
+        L.Trainer(accelerator="cpu", callbacks=[Preemption()], logger=False, default_root_dir=tmp_path).fit(Model())
 
 
 # --------------------------------------------------------------------------------------- the command, in processes
-
-
-def command(folder: Path, *more: str) -> subprocess.CompletedProcess:
-    """`python -m trainers.fit`, four steps."""
-    args = [sys.executable, "-m", "trainers.fit", *RUN, f"--run_dir={folder}", "--trainer.max_steps=4", *more]
-    return subprocess.run(args, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -207,15 +218,22 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ranks", [(), DDP], ids=["one process", "two that Lightning starts"])
 def test_preempted_and_resumed_run_is_the_uninterrupted_one(ranks: tuple[str, ...], tmp_path: Path) -> None:
-    whole_run = command(tmp_path / "whole", *ranks)
-    assert whole_run.returncode == 0, whole_run.stderr
-    ended = command(tmp_path / "part", *ranks, *signal_at(1, rank=int(bool(ranks))))  # any rank will do
+    def arguments(folder: str, *more: str) -> list[str]:
+        return [*RUN, *ranks, f"--run_dir={tmp_path / folder}", "--trainer.max_steps=4", *more]
+
+    any_rank = signal_at(1, rank=len(ranks) and 1)
+    ended = run(sys.executable, "-m", "trainers.fit", *arguments("part", *any_rank))
     assert ended.returncode == 143, ended.stderr
     assert "SIGTERM: saved" in ended.stdout
     assert "Traceback" not in ended.stderr
     assert [path.name for path in whole(tmp_path / "part" / "checkpoints")] == ["step2.ckpt"]
-    resumed = command(tmp_path / "part", *ranks, "--ckpt_path=last")
-    assert resumed.returncode == 0, resumed.stderr
+    if ranks:
+        script = Path(signalling.__file__)
+        both = run(sys.executable, script, *arguments("whole"), "--", *arguments("part", "--ckpt_path=last"))
+        assert both.returncode == 0, both.stderr
+    else:
+        main(arguments("whole"))
+        main(arguments("part", "--ckpt_path=last"))
     one, other = state(tmp_path / "whole"), state(tmp_path / "part")
     assert one.keys() == other.keys()
     assert len(one) > 100

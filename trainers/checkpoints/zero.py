@@ -30,15 +30,19 @@ class ShardFiles(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__(None)
+        self.target = Path()  # the checkpoint
         self.written: list[Path] = []
         self.failure: str | None = None
+
+    def begin(self, target: Path) -> None:
+        self.target, self.written, self.failure = target, [], None
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
             torch.save(state_dict, path)
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
-            self.failure = self.failure or str(failed(Path(path).parents[1], error))
+            self.failure = self.failure or str(failed(self.target, error))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -56,7 +60,7 @@ def save(engine: Any, path: Path, client_state: Mapping[str, Any], facts: Mappin
     Raises:
         CheckpointError: on all ranks, if any could not write; what was there before is as it was.
     """
-    engine.checkpoint_engine.written, engine.checkpoint_engine.failure = [], None
+    engine.checkpoint_engine.begin(path)
     engine._copy_recovery_script = lambda _: None  # a script that loads pickles as code; trainers.export serves instead
     try:
         _write(engine, path, dict(client_state), dict(facts))
@@ -73,6 +77,7 @@ def _write(engine: Any, path: Path, client_state: dict[str, Any], facts: dict[st
         try:
             (stage(path) / TAG).mkdir()
             (staged / "latest").write_text(TAG, encoding="utf-8")
+            files.written.append(staged / "latest")
         except OSError as error:
             files.failure = str(failed(path, error))
     agree(files.failure, f"{path.name} is not saved")
@@ -81,13 +86,17 @@ def _write(engine: Any, path: Path, client_state: dict[str, Any], facts: dict[st
         str(staged), tag=TAG, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
     )
     agree(files.failure, f"{path.name} is not saved")
+    own, failure = {}, None
+    try:
+        own = digest(staged, [file.relative_to(staged).as_posix() for file in files.written])
+    except CheckpointError as error:
+        failure = str(error)
+    agree(failure, f"{path.name} is not saved")
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, digest(staged, [file.relative_to(staged).as_posix() for file in files.written]))
-    failure = None
+    dist.all_gather_object(found, own)
     if rank == 0:
-        listed = {name: of_file for part in [*found, digest(staged, ["latest"])] for name, of_file in part.items()}
         try:
-            seal(staged, path, listed, facts)
+            seal(staged, path, {name: of_file for part in found for name, of_file in part.items()}, facts)
         except CheckpointError as error:
             failure = str(error)
     agree(failure, f"{path.name} is not saved")
@@ -165,7 +174,7 @@ def load(engine: Any, path: Path, stage: int, optimizer_states: bool, wait: Call
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The trained parameters of a checkpoint, in float32, and its buffers, by name: one at a time from files that are
     mapped into memory, so that at most one set of weights is held, and no optimizer states."""
-    found: Any = get_fp32_state_dict_from_zero_checkpoint(str(path), TAG, exclude_frozen_parameters=True, lazy_mode=True)
+    found: Any = get_fp32_state_dict_from_zero_checkpoint(str(path), TAG, True, lazy_mode=True)
     for name in list(found):
         yield name, found.pop(name).contiguous()
 

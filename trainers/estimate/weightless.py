@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
@@ -175,4 +175,4 @@ def _by_number(indices: Any) -> list[Tensor | None]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]

@@ -101,7 +101,9 @@ def estimate_plan(plan: Plan) -> Estimate:
 
 def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, dict[str, int]]:
     on_cpu = plan.card.cpu
-    allowance = {"process" if on_cpu else "CUDA context": parts_of_state.CPU_PROCESS if on_cpu else parts_of_state.CONTEXT}
+    allowance = {
+        "process" if on_cpu else "CUDA context": parts_of_state.CPU_PROCESS if on_cpu else parts_of_state.CONTEXT
+    }
     if plan.gpus > 1 and not on_cpu:
         allowance["communication"] = parts_of_state.COMMUNICATION
     always = held.always

@@ -1,0 +1,3 @@
+from trainers.estimate import main
+
+main()

@@ -1,0 +1,137 @@
+"""What to change in a run that does not fit, and what each change would save."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import yaml
+
+from trainers.cli import find_config
+from trainers.estimate.cards import GIB
+from trainers.estimate.plan import Plan, Sharding, records_of, sharding_of
+from trainers.estimate.totals import VALIDATION, Estimate, estimate_plan
+from trainers.strategies import Zero
+
+ENOUGH = 3  # remedies that are shown
+
+
+class DoesNotFit(ValueError):
+    """A run that needs more memory than there is; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change, as arguments of the command line, and what the run needs with it.
+
+    Args:
+        saves: bytes, against the run before this change.
+    """
+
+    arguments: str
+    saves: int
+    found: Estimate
+
+
+def refuse(found: Estimate) -> None:
+    """Nothing for a run that fits.
+
+    Raises:
+        DoesNotFit: naming what needs most, and the changes that help most; each was estimated, not guessed.
+    """
+    if found.fits:
+        return
+    largest = sorted(found.components.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    lines = [
+        f"the run does not fit: {found.moment} needs {found.total / GIB:.1f} GiB of the {found.capacity / GIB:.1f} GiB "
+        f"of one {found.plan.card.name} ({named} GiB)"
+    ]
+    advice = remedies(found)
+    alone = bool(advice) and all(remedy.found.fits for remedy in advice)
+    if advice:
+        lines.append("Any one of these is enough:" if alone else "What helps most, one on top of the other:")
+    lines += [
+        f"  {remedy.arguments}   saves {remedy.saves / GIB:.1f} GiB, then {remedy.found.total / GIB:.1f} GiB"
+        for remedy in advice
+    ]
+    if not advice or not advice[-1].found.fits:
+        lines.append("That is still too much: take a larger card, more of them, shorter texts, or a smaller model")
+    raise DoesNotFit("\n".join(lines))
+
+
+def remedies(found: Estimate) -> list[Remedy]:
+    """Up to three changes of which each is enough, the ones that change least first; else changes to make together,
+    the one that saves most first, until the run fits or nothing is left."""
+    enough: list[Remedy] = []
+    for remedy in _each(found):
+        cut = remedy.found.plan.records < found.plan.records
+        if remedy.found.fits and not (cut and any(r.found.plan.records < found.plan.records for r in enough)):
+            enough.append(remedy)
+        if len(enough) == ENOUGH:
+            break
+    return enough or _together(found)
+
+
+def _together(found: Estimate) -> list[Remedy]:
+    chosen: list[Remedy] = []
+    now = found
+    while not now.fits:
+        best = max(_each(now), key=lambda remedy: (remedy.found.fits, remedy.saves), default=None)
+        if best is None or best.saves <= 0:
+            break
+        chosen, now = [*chosen, best], best.found
+    return chosen
+
+
+def _each(found: Estimate) -> Iterator[Remedy]:
+    for arguments, plan in _changes(found):
+        try:
+            then = estimate_plan(plan)
+        except ValueError:  # settings that exclude each other
+            continue
+        yield Remedy(arguments, found.total - then.total, then)
+
+
+def _changes(found: Estimate) -> Iterator[tuple[str, Plan]]:
+    """Changes that are open to a plan, from those that leave the result as it is to those that train something else."""
+    plan, module, model = found.plan, found.plan.module, "--model.init_args."
+    if found.moment == VALIDATION:
+        free = replace(plan.sharding, gather_for_validation=False)
+        yield "--trainer.strategy.init_args.gather_for_validation false", plan.altered(sharding=free)
+    if not module.gradient_checkpointing:
+        yield f"{model}gradient_checkpointing true", plan.altered(gradient_checkpointing=True)
+    for records in records_of(plan):
+        times = plan.accumulate * plan.records // records
+        cut = f" (pools of at most {records})" if records < plan.pool else ""
+        arguments = f"--data.init_args.records_per_batch {records} --trainer.accumulate_grad_batches {times}{cut}"
+        yield arguments, plan.altered(records=records, pool=min(plan.pool, records), accumulate=times)
+    if not plan.card.cpu:
+        yield from _shared_out(plan)
+    doubled = found.counts.teacher_bytes > 2 * sum(found.counts.sizes)
+    if doubled and module.reader == "student" and module.teacher_dtype != "bfloat16":
+        yield f"{model}teacher_dtype bfloat16", plan.altered(teacher_dtype="bfloat16")
+    if plan.compute == torch.float32 and not plan.card.cpu:
+        yield "--trainer.precision bf16-mixed", plan.altered(precision="bf16-mixed")
+    if module.train_part != "lora":
+        lora: dict[str, Any] = {"train_part": "lora"}
+        arguments = f"{model}train lora"
+        if module.reader == "original" and module.gradient_checkpointing:
+            lora["gradient_checkpointing"] = False
+            arguments += f" {model}gradient_checkpointing false"
+        yield arguments, plan.altered(**lora)
+
+
+def _shared_out(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    stage, offloads = plan.sharding.stage, plan.sharding.offload_optimizer
+    files = ["zero2.yaml"] if stage is None and plan.gpus > 1 else []
+    files += ["zero3.yaml"] if stage != 3 and plan.gpus > 1 else []
+    files += [] if offloads else ["zero3_offload.yaml" if stage == 3 else "zero2_offload.yaml"]
+    for file in files:
+        yield f"--config {file}", plan.altered(sharding=shipped(file))
+
+
+def shipped(file: str) -> Sharding:
+    """What one of the configs for ZeRO sets."""
+    with open(find_config(file), encoding="utf-8") as read:
+        return sharding_of(Zero(**yaml.safe_load(read)["trainer"]["strategy"]["init_args"]))
