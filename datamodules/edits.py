@@ -119,6 +119,18 @@ class EditDataModule(L.LightningDataModule):
         self._recipe_then: dict[str, int] = {}  # that of the checkpoint
         self._warn_of_ignored()
 
+    def check(self, ranks: int) -> None:
+        """Refuse what can be known to be wrong for so many ranks before any of them is started.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if ranks > 1 and self.val_records < ranks * self.val_pool:
+            raise ValueError(
+                f"val_records {self.val_records} are too few for {ranks} ranks with pools of val_pool {self.val_pool}: "
+                f"give at least {ranks * self.val_pool}, or lower val_pool"
+            )
+
     def prepare_data(self) -> None:
         """Build the Arrow cache on one process, so that the other ranks find it."""
         if self.trainer is None:

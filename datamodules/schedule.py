@@ -38,9 +38,7 @@ def stable_hash(*key: object) -> int:
     return int.from_bytes(blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def pool_sizes(
-    seed: int, epoch: int, step: int, total: int, sizes: Sequence[int], rates: Sequence[float]
-) -> list[int]:
+def pool_sizes(seed: int, epoch: int, step: int, total: int, sizes: Sequence[int], rates: Sequence[float]) -> list[int]:
     """Split a micro-batch into pools: sizes drawn at the given rates until `total` is covered, the last one cut to fit.
 
     Args:
@@ -86,8 +84,8 @@ class PoolSchedule(Sampler[list[Place]]):
     Micro-batch m of an epoch is the slice [m R W, (m + 1) R W) of the epoch's order, and each rank takes its own R
     records of it. The tail of an epoch that does not fill an optimizer step on all ranks is left out (other records the
     next time). A slot's seed depends on its position in the epoch alone, and pool sizes are drawn once for an optimizer
-    step. So with R and W * A held fixed a step is the same slots in the same pools at any world size; with R * W * A held
-    fixed it is the same slots, and only the pools they are in change with R.
+    step. So with R and W * A held fixed a step is the same slots in the same pools at any world size; with R * W * A
+    held fixed it is the same slots, and only the pools they are in change with R.
 
     An iteration covers the epoch given by `set_epoch`, by default the one after the last. The epoch in which `start`
     lies begins there, however often it is iterated, and other epochs at their beginning.

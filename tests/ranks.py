@@ -142,7 +142,8 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if trainer.world_size > 1:
         every = [None] * trainer.world_size
         torch.distributed.all_gather_object(every, watch.records)
-    return {"losses": watch.losses, "params": params, "records": every, "error": error, "answers": answers, "usage": watch.usage}
+    seen = {"losses": watch.losses, "params": params, "records": every, "error": error}
+    return seen | {"answers": answers, "usage": watch.usage}
 
 
 def not_a_number(trainer: Any, module: Any, rank: int, step: int | None) -> None:

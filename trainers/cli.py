@@ -104,6 +104,18 @@ class TrainingCLI(LightningCLI):
             )
         return trainer
 
+    def check(self) -> None:
+        """Refuse what can be known to be wrong before any process is started, data is read or a model is loaded.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        ranks = self.trainer.num_devices * self.trainer.num_nodes
+        if hasattr(self.datamodule, "check"):
+            self.datamodule.check(ranks)
+        if hasattr(self.trainer.strategy, "check"):
+            self.trainer.strategy.check()  # type: ignore[operator]
+
     def checkpoint(self) -> str | None:
         """The checkpoint to continue from. Says in one line what happens; refuses to write over an earlier run.
 

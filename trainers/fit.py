@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from trainers.callbacks.non_finite import NonFiniteError
 from trainers.checkpoints.folder import CheckpointError
 from trainers.cli import fail, is_rank_zero, parse, rank
 
@@ -10,13 +11,14 @@ from trainers.cli import fail, is_rank_zero, parse, rank
 def main(args: Sequence[str] | None = None) -> None:
     cli = parse(args)
     try:
+        cli.check()
         checkpoint = cli.checkpoint()
-    except (CheckpointError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:  # CheckpointError is a ValueError
         fail(error)
     try:
         # weights_only stays on: a checkpoint is data, and loading it runs no code
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
-    except CheckpointError as error:  # perhaps of this rank alone
+    except (CheckpointError, NonFiniteError) as error:  # perhaps of this rank alone
         sys.exit(f"error: {error}" if is_rank_zero() else f"error on rank {rank()}: {error}")
 
 

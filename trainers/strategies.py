@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from trainers.checkpoints import zero  # noqa: E402
+from trainers.checkpoints import zero
 
 
 class Zero(DeepSpeedStrategy):
@@ -100,6 +100,18 @@ class Zero(DeepSpeedStrategy):
         self._held: list[Any] = []  # engines of frozen models
         self._gathered = 0
 
+    def check(self) -> None:
+        """Refuse what can be known to be wrong before any process is started.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if isinstance(self.accelerator, CPUAccelerator) and self.precision_plugin.precision.startswith("16"):
+            raise ValueError(
+                f"trainer.precision {self.precision_plugin.precision}: processors have no fp16 for DeepSpeed; take "
+                "32-true or bf16-mixed"
+            )
+
     # ------------------------------------------------------------------ processes
 
     def setup_environment(self) -> None:
@@ -165,9 +177,11 @@ class Zero(DeepSpeedStrategy):
 
         An untied output head stays whole: the losses read its weight outside any forward pass.
         """
-        frozen.to(dtype=self.precision_plugin._desired_dtype)  # as DeepSpeed does with the trained one
+        cast(nn.Module, frozen).to(
+            dtype=cast(Any, self.precision_plugin)._desired_dtype
+        )  # as DeepSpeed does with the trained one
         if not self.partition_teacher:
-            frozen.to(self.root_device)  # type: ignore[arg-type]
+            cast(nn.Module, frozen).to(self.root_device)
             return
         import deepspeed
 

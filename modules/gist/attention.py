@@ -78,8 +78,8 @@ class GistCall:
         rows = torch.arange(len(self.write_at), device=key.device)
         keys = key[rows, :, self.write_at]
         if self.keys_before_rope:
-            # The unrotated keys are taken inside their layer. Under ZeRO-3 its weight is there in the backward pass only
-            # if a gradient comes by the output of the layer too: by the rotated keys, to which nothing else may lead.
+            # The unrotated keys are taken inside their layer. Under ZeRO-3 its weight is there in the backward pass
+            # only if a gradient comes by the layer's output too: by the rotated keys, to which nothing else may lead.
             keys = unrotated[rows, self.write_at] + 0 * keys
         self.written[layer] = LayerGists(keys, value[rows, :, self.write_at])
 

@@ -77,7 +77,7 @@ def test_a_rank_that_is_gone_ends_the_other_in_time(how: signal.Signals, tmp_pat
     args = [*TWO, *zero(2), "--trainer.strategy.init_args.timeout=20"]
     processes = start(tmp_path, [{"name": "run", "args": args, "steps": 100_000}])
     try:
-        until(lambda: (tmp_path / "run.0.step").is_file() and int((tmp_path / "run.0.step").read_text() or 0) > 3, processes)
+        until(lambda: (tmp_path / "run.0.step").is_file(), processes)
         os.kill(processes[1].pid, how)
         assert processes[0].wait(timeout=60) != 0
     finally:

@@ -13,7 +13,11 @@ SPREADS: dict[str, list[str]] = {
     "zero2": [*TWO, *zero(2)],
     "zero3": [*TWO, *zero(3)],
 }
-TRAINED = {"full": [], "lora": ["--model.init_args.train=lora"]}
+TRAINED = {
+    "full": [],
+    "lora": ["--model.init_args.train=lora"],
+    "qk": ["--model.init_args.gist.selection=both"],  # gradients reach keys inside their layer
+}
 STEPS = 20
 OFFLOAD = [f"--trainer.strategy.init_args.offload_{what}=true" for what in ("optimizer", "parameters")]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,6 +37,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     shards = zero(3, "--trainer.strategy.init_args.partition_teacher=true")
     wanted.append({"name": "zero3-teacher", "args": [*TWO, *shards, *harder], "steps": STEPS})
     wanted.append({"name": "offload", "args": [*TWO, *zero(3, *OFFLOAD)], "steps": STEPS})
+    for stage in (2, 3):
+        args = [*TWO, *zero(stage), "--trainer.precision=bf16-mixed", "--trainer.val_check_interval=5"]
+        wanted.append({"name": f"bf16-{stage}", "args": args, "steps": 6})
     found = together(folder, wanted)
     alone = [{"name": f"one-{part}", "args": [*ONE, *more], "steps": STEPS} for part, more in TRAINED.items()]
     return found | {run["name"]: perform(run, folder) for run in alone}
@@ -57,6 +64,14 @@ def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], sp
         torch.testing.assert_close(two["params"][name], tensor, rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_half_precision_trains_alike(runs: dict[str, Any]) -> None:
+    """In bf16 both stages take the same course, which leaves that of fp32 slowly."""
+    second, third = runs["bf16-2"]["losses"], runs["bf16-3"]["losses"]
+    assert third == pytest.approx(second, rel=0.01)
+    assert second[:4] == pytest.approx(runs["zero2-full"]["losses"][:4], rel=0.02)
+    assert second[:4] != runs["zero2-full"]["losses"][:4]
+
+
 def test_training_moved_what_it_trains(runs: dict[str, Any]) -> None:
     """The comparison above would hold for runs that do nothing."""
     full, lora = runs["zero2-full"], runs["zero2-lora"]
@@ -73,5 +88,3 @@ def test_ranks_see_disjoint_records_of_equal_number(runs: dict[str, Any], spread
     together_ = [set(a) | set(b) for a, b in zip(first, second, strict=True)]
     (alone,) = runs["one-full"]["records"]
     assert together_ == [set(a) | set(b) for a, b in zip(alone[::2], alone[1::2], strict=True)]
-
-

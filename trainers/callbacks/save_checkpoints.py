@@ -117,6 +117,9 @@ class SaveCheckpoints(Checkpoint):
         path = self._path(step)
         if step != self._saved:
             trainer.save_checkpoint(path, weights_only=False)
+            failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
+            if trainer.world_size > 1 and (text := trainer.strategy.broadcast(str(failure or ""))):
+                raise CheckpointError(text)
             self._saved = step
             self.names = [name for name in self.names if name != path.name] + [path.name]
             self.scores.pop(path.name, None)  # of another run's state at this step

@@ -15,14 +15,22 @@ STATE = "state.ckpt"
 
 
 class FolderIO(CheckpointIO):
-    """Saves Lightning's checkpoint as a folder that is whole or does not count (see folder.py)."""
+    """Saves Lightning's checkpoint as a folder that is whole or does not count (see folder.py).
+
+    Under DDP rank 0 writes while the others wait for it. A failure is then kept in `failure`, for whoever asked for the
+    checkpoint to raise on all ranks, rather than raised on rank 0 alone.
+    """
+
+    failure: CheckpointError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save. Called on rank 0 alone.
 
         Raises:
             CheckpointError: naming the path and the reason, as on a full disk. What was there before is as it was.
+                With several ranks it is kept instead.
         """
+        self.failure = None
         if storage_options is not None:
             raise TypeError("storage_options are not known here: a checkpoint is a folder of local files")
         path = Path(path)
@@ -34,7 +42,10 @@ class FolderIO(CheckpointIO):
         except BaseException as error:
             remove(partial(path))
             if isinstance(error, (OSError, RuntimeError)):  # torch's own writer raises the latter on a full disk
-                raise failed(path, error) from error
+                self.failure = failed(path, error)
+                if _processes() > 1:
+                    return
+                raise self.failure from error
             raise
 
     def load_checkpoint(

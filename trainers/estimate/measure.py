@@ -110,8 +110,8 @@ def _measure(plan: Plan, keeps: bool) -> tuple[Counts, Step]:
 
 
 def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
-    """Without DeepSpeed gradients stay with their parameters, and are there already when a later micro-batch begins.
-    With it they go to its buffers one by one, which are counted elsewhere."""
+    """Without DeepSpeed gradients stay with their parameters. They are there already in the forward pass, for Lightning
+    drops the last step's after it. With DeepSpeed they go to its buffers one by one, which are counted elsewhere."""
 
     def arrived(p: Tensor) -> None:
         if keeps and p.grad is not None:
@@ -122,7 +122,7 @@ def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
     for p in module.gists.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(arrived)
-            if keeps and plan.accumulate > 1:
+            if keeps:
                 with mode.kind("gradients"):
                     p.grad = torch.empty_like(p)
     teach = module._teach
@@ -138,6 +138,8 @@ def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
     with mode.kind("activations"), patch.object(module, "_teach", taught):
         with torch.autocast("cpu", plan.autocast or torch.bfloat16, enabled=plan.autocast is not None):
             loss = module.losses(batch, batch.visible)["loss"]
+        if plan.accumulate == 1:
+            module.zero_grad()
         torch.autograd.backward([loss])
     peak = Counter({kind: size for kind, size in mode.peak.items() if size and kind not in ("parameters", "other")})
     return Step(peak, mode.flops, batch.edits.numel() + len(batch.edits) + batch.queries.numel())

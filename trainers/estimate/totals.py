@@ -113,8 +113,7 @@ def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, d
         if sent is not None:
             held.in_step["buckets"] = min(sent, 3 * counts.trained_bytes)
     moving = _sum(held.in_step, step.peak)
-    if not on_cpu:
-        moving["fragments"] = int(parts_of_state.FRAGMENTS * sum(moving.values()))
+    moving["fragments"] = int(parts_of_state.FRAGMENTS * sum(moving.values()))
     found = {
         LOADING: {"weights": counts.loaded_bytes - counts.teacher_bytes, "teacher": counts.teacher_bytes},
         STEP: _sum(always, moving),
