@@ -1,6 +1,7 @@
 """The data of a training run: micro-batches of edits for training, pools of records for validation and test."""
 
 import random
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -182,6 +183,7 @@ class EditDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=_outlive_signals,
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -343,6 +345,14 @@ def _align(fit: Any, steps: int, epochs_done: int, in_epoch: int, epoch: int) ->
 def _set_restarting(fit: Any, restarting: bool) -> None:
     """Set the flag of all loops; the fit loop's own setter would overrule it."""
     _Loop.restarting.fset(fit, restarting)  # type: ignore[attr-defined]
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave to the training process what a signal to all processes of a job means, such as SLURM's: a worker that it
+    ended would end the run before a checkpoint is saved. Workers end when their loader or the training process does."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_it_is(pool: Any) -> Any:

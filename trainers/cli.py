@@ -16,7 +16,9 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainers.callbacks.non_finite import NonFinite
+from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
+from trainers.callbacks.step_seed import StepSeed
 from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
 from trainers.checkpoints.single import FolderIO
 
@@ -88,6 +90,8 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
         parser.add_lightning_class_args(NonFinite, "non_finite")
         parser.add_lightning_class_args(SaveCheckpoints, "checkpoint")
+        parser.add_lightning_class_args(StepSeed, "step_seed")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=lambda folder: f"{folder}/checkpoints")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")
@@ -110,6 +114,9 @@ class TrainingCLI(LightningCLI):
         Raises:
             ValueError: naming the setting.
         """
+        launcher = type(self.trainer.strategy.launcher).__name__
+        if launcher == "_MultiProcessingLauncher":
+            raise ValueError("trainer.strategy: spawned and forked processes are not supported; take ddp, or Zero")
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         if hasattr(self.datamodule, "check"):
             self.datamodule.check(ranks)
@@ -180,6 +187,8 @@ def given(path: Path, folder: Path) -> Path:
 
 def rank() -> str:
     """This process's rank in its job, as the launcher says before the processes know each other."""
+    if "RANK" not in os.environ and os.environ.get("NODE_RANK", "0") != "0":  # machines started by hand
+        return f"{os.environ['NODE_RANK']}.{os.environ.get('LOCAL_RANK', '0')}"
     return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from trainers.callbacks.non_finite import NonFiniteError
 from trainers.checkpoints.folder import CheckpointError
 from trainers.cli import fail, is_rank_zero, parse, rank
+from trainers.processes import end_with_parent
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    end_with_parent()
     cli = parse(args)
     try:
         cli.check()

@@ -4,11 +4,12 @@
     python tests/benchmarks/bench_memory.py --only upper    # those whose name has "upper"; --steps 2 --json FILE
 
 Measured is the peak resident set of three optimizer steps on a random model and texts as long as the limits allow, over
-that of the same run of a model of next to no parameters (width 8), which has all libraries and no memory of its own. The
-estimate is without what it allows for the process. Linux.
+that of a run of a model of next to no parameters (width 8) before it in the same process, which has loaded the libraries
+and needs no memory to speak of. The estimate is without what it allows for a process. Linux.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -46,7 +47,7 @@ BASE = [
     "--trainer.enable_model_summary=false",
 ]
 PUBLISHED = [f"{MODEL}gist.selection=qk", f"{MODEL}loss.golden_weight=0"]
-SMALL = SHAPE | {"num_hidden_layers": 4}
+SMALL = SHAPE | {"num_hidden_layers": 2, "vocab_size": 16000}
 NOTHING = {
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -80,47 +81,46 @@ def write_data(folder: Path) -> Path:
     return file
 
 
-def train(args: list[str], steps: int) -> None:
-    """In the process of a case: run it and print the resident set at its peak."""
+def train(runs: list[list[str]]) -> None:
+    """In a process of its own: do the runs, and print how much each raised the peak of the resident set, in bytes."""
     from trainers.cli import TrainingCLI
 
-    cli = TrainingCLI([*args, f"--trainer.max_steps={steps}"])
-    cli.trainer.fit(cli.model, cli.datamodule)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peaks = [0]
+    for args in runs:
+        cli = TrainingCLI(args)
+        cli.trainer.fit(cli.model, cli.datamodule)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(json.dumps([after - before for before, after in itertools.pairwise(peaks)]))
 
 
-def measure(args: list[str], steps: int) -> int:
-    """Bytes of the resident set of a run at its peak."""
-    own = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, __file__, "--train", json.dumps(args), "--steps", str(steps)]
+def measure(runs: list[list[str]]) -> list[int]:
+    """How much each run adds to the peak of those before it, in one new process."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    own = {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, "--train", json.dumps(runs)]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the run failed:\n{done.stderr[-3000:]}")
-    return int(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(name: str, steps: int = 3) -> dict[str, Any]:
     """Estimate and measurement of a case, in bytes; components at the estimate's largest moment."""
-    from trainers.estimate import cards
+    from trainers.estimate import estimate, named
     from trainers.estimate.command import parsed
-    from trainers.estimate.totals import estimate
 
     with tempfile.TemporaryDirectory() as folder:
-        source = [
-            {"format": "pairs", "path": str(write_data(Path(folder))), "options": {"edit": "edit", "text": "text"}}
-        ]
-        args = [*BASE, *CASES[name], f"--data.init_args.train={json.dumps(source)}"]
+        options = {"edit": "edit", "text": "text"}
+        source = [{"format": "pairs", "path": str(write_data(Path(folder))), "options": options}]
+        data = f"--data.init_args.train={json.dumps(source)}"
 
-        def of(shape: dict[str, int], run: str) -> list[str]:
-            return [*args, f"{MODEL}backbone.overrides={json.dumps(shape)}", f"--run_dir={folder}/{run}"]
+        def run(shape: dict[str, int], number: int, *more: str) -> list[str]:
+            model = f"{MODEL}backbone.overrides={json.dumps(shape)}"
+            return [*BASE, data, model, f"--run_dir={folder}/{number}", f"--trainer.max_steps={number}", *more]
 
-        shape = SMALL if name == "small" else SHAPE
-        found = estimate(parsed(of(shape, "run")), 1, cards.named("cpu"))
-        measured = measure(of(shape, "run"), steps) - measure(of(NOTHING, "nothing"), steps)
+        given = run(SMALL if name == "small" else SHAPE, steps, *CASES[name])
+        found = estimate(parsed(given), 1, named("cpu"))
+        _, measured = measure([run(NOTHING, 1), given])
     parts = {k: v for k, v in found.components.items() if k != "process"}
     return {
         "case": name,
@@ -139,10 +139,8 @@ def main() -> None:
     parser.add_argument("--train", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.train:
-        return train(json.loads(given.train), given.steps)
-    print(
-        "| configuration | estimated MiB | measured MiB | estimate / measured | largest moment |\n|---|---:|---:|---:|---|"
-    )
+        return train(json.loads(given.train))
+    print("| configuration | estimated MiB | measured MiB | ratio | largest moment |\n|---|---:|---:|---:|---|")
     found = []
     for name in CASES:
         if given.only in name:

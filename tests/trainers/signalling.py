@@ -20,23 +20,31 @@ RUN = (
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--trainer.callbacks+=trainers.callbacks.preemption.Preemption",
-    "--trainer.callbacks+=trainers.callbacks.step_seed.StepSeed",
 )
 DDP = ("--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true")
+ZERO = ("--trainer.devices=2", "--config=zero2_cpu")
 
 
 class SignalAt(L.Callback):
-    """Sends a real signal to a rank's process, or to the one that started it, in the middle of a step."""
+    """Sends a real signal in the middle of a step: to a rank's process, to the one that started it, or to the whole
+    group of processes."""
 
     def __init__(
-        self, step: int, name: Literal["SIGTERM", "SIGUSR1"] = "SIGTERM", rank: int = 0, parent: bool = False
+        self,
+        step: int,
+        name: Literal["SIGTERM", "SIGUSR1"] = "SIGTERM",
+        rank: int = 0,
+        parent: bool = False,
+        group: bool = False,
     ) -> None:
-        self.step, self.name, self.rank, self.parent = step, name, rank, parent
+        self.step, self.name, self.rank, self.parent, self.group = step, name, rank, parent, group
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            os.kill(os.getppid() if self.parent else os.getpid(), signal.Signals[self.name])
+            target = -os.getpgrp() if self.group else os.getppid() if self.parent else os.getpid()
+            # by another process, since torch's workers take SIGTERM in another way where their parent sends it
+            kill = f"import os; os.kill({target}, {signal.Signals[self.name].value})"
+            subprocess.run([sys.executable, "-c", kill], check=False)
 
 
 def signal_at(step: int, **options: Any) -> list[str]:

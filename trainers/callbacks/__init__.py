@@ -2,18 +2,24 @@
 
 from trainers.callbacks.final_evaluation import FinalEvaluation
 from trainers.callbacks.grad_norm import GradNorm
+from trainers.callbacks.non_finite import NonFinite
 from trainers.callbacks.pool_sizes import PoolSizes
+from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.sample_edits import SampleEdits
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.callbacks.selection_figures import SelectionFigures
+from trainers.callbacks.step_seed import StepSeed
 from trainers.callbacks.throughput import Throughput
 
 __all__ = [
     "FinalEvaluation",
     "GradNorm",
+    "NonFinite",
     "PoolSizes",
+    "Preemption",
     "SampleEdits",
     "SaveCheckpoints",
     "SelectionFigures",
+    "StepSeed",
     "Throughput",
 ]

@@ -1,9 +1,9 @@
 """GPUs by name: what memory they have for a job, and how fast they multiply.
 
 Memory is what CUDA reports as a device's total, in GiB, which is a little less than the name says. Peaks are dense bf16
-with fp32 accumulation, without sparsity, in TFLOP/s, from the vendor's data sheets: "NVIDIA A100 Tensor Core GPU", "NVIDIA
-H100 Tensor Core GPU", "NVIDIA H200 Tensor Core GPU", "NVIDIA L40S", "NVIDIA Ada GPU Architecture" (RTX 4090), "NVIDIA
-Ampere GA102 GPU Architecture" (RTX 3090); H20 as its vendors list it.
+with fp32 accumulation, without sparsity, in TFLOP/s, from the vendor's data sheets: "NVIDIA A100 Tensor Core GPU",
+"NVIDIA H100 Tensor Core GPU", "NVIDIA H200 Tensor Core GPU", "NVIDIA L40S", "NVIDIA Ada GPU Architecture" (RTX 4090),
+"NVIDIA Ampere GA102 GPU Architecture" (RTX 3090); H20 as its vendors list it.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,8 @@ N edits, B queries, T tokens.
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -42,7 +44,8 @@ class Counts:
         largest: elements of the largest trained parameter.
         bytes, trained_bytes: of the module, as it trains.
         outside: elements that stage 3 holds whole through a step: they are read outside their submodule.
-        teacher_bytes: of the frozen copy; 0 where the teacher is the model itself.
+        teacher: elements of the frozen copy; 0 where the teacher is the model itself.
+        teacher_bytes: of that copy.
         teacher_head_bytes: of its output head, where that is not the embedding too.
         loaded_bytes: of model and teacher together, as they are loaded.
     """
@@ -54,6 +57,7 @@ class Counts:
     bytes: int
     trained_bytes: int
     outside: int
+    teacher: int
     teacher_bytes: int
     teacher_head_bytes: int
     loaded_bytes: int
@@ -89,14 +93,27 @@ def measure(plan: Plan) -> tuple[Counts, Step]:
     run = (m.gradient_checkpointing, plan.records, plan.cast, plan.autocast, plan.card.cpu, keeps, plan.accumulate > 1)
     key = repr((settings, run))
     if key not in _known:
-        _known[key] = _measure(plan, keeps)
+        with _built(plan) as (module, mode, counts):
+            _known[key] = counts, _step(plan, module, mode, keeps)
     return _known[key]
 
 
-def _measure(plan: Plan, keeps: bool) -> tuple[Counts, Step]:
+def count(plan: Plan) -> Counts:
+    """Only build the module.
+
+    Raises:
+        ValueError: as `measure` does.
+    """
+    with _built(plan) as (_, _, counts):
+        return counts
+
+
+@contextmanager
+def _built(plan: Plan) -> Iterator[tuple[InComeS, Weightless, Counts]]:
     module = copy.deepcopy(plan.module)
     module.backbone_config = shape_of(module.backbone_config)
     module.__dict__.pop("tokenizer", None)  # the new source has one of its own, at hand anywhere
+    # CUDA's fused kernels do not take a mask together with grouped keys
     mode = Weightless(fused=lambda masked, grouped: plan.card.cpu or not (masked and grouped))
     with warnings.catch_warnings(), patch.object(rank_zero_only, "rank", 1), mode:
         warnings.simplefilter("ignore")
@@ -105,8 +122,7 @@ def _measure(plan: Plan, keeps: bool) -> tuple[Counts, Step]:
             loaded = _bytes(module.gists) + _bytes(module._outside.get("teacher"))
             if plan.cast is not None:
                 module.gists.to(plan.cast)
-            counts = _counts(module, loaded)
-        return counts, _step(plan, module, mode, keeps)
+        yield module, mode, _counts(module, loaded)
 
 
 def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
@@ -237,6 +253,7 @@ def _counts(module: InComeS, loaded: int) -> Counts:
         bytes=_bytes(model),
         trained_bytes=sum(p.nbytes for p in trained),
         outside=model.gist_embedding.numel() + sum(p.numel() for p in head.values()),
+        teacher=sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0,
         teacher_bytes=_bytes(teacher),
         teacher_head_bytes=alone,
         loaded_bytes=loaded,

@@ -13,7 +13,7 @@ from trainers.estimate.plan import Plan, Sharding, records_of, sharding_of
 from trainers.estimate.totals import VALIDATION, Estimate, estimate_plan
 from trainers.strategies import Zero
 
-ENOUGH = 3  # remedies that are shown
+SHOWN = 3  # changes that are shown, of those that are enough
 
 
 class DoesNotFit(ValueError):
@@ -47,10 +47,10 @@ def refuse(found: Estimate) -> None:
         f"the run does not fit: {found.moment} needs {found.total / GIB:.1f} GiB of the {found.capacity / GIB:.1f} GiB "
         f"of one {found.plan.card.name} ({named} GiB)"
     ]
-    advice = remedies(found)
-    alone = bool(advice) and all(remedy.found.fits for remedy in advice)
+    alone = enough(found)
+    advice = alone or together(found)
     if advice:
-        lines.append("Any one of these is enough:" if alone else "What helps most, one on top of the other:")
+        lines.append("Each of these is enough:" if alone else "What saves most, each on top of those before it:")
     lines += [
         f"  {remedy.arguments}   saves {remedy.saves / GIB:.1f} GiB, then {remedy.found.total / GIB:.1f} GiB"
         for remedy in advice
@@ -60,24 +60,31 @@ def refuse(found: Estimate) -> None:
     raise DoesNotFit("\n".join(lines))
 
 
-def remedies(found: Estimate) -> list[Remedy]:
-    """Up to three changes of which each is enough, the ones that change least first; else changes to make together,
-    the one that saves most first, until the run fits or nothing is left."""
-    enough: list[Remedy] = []
+def enough(found: Estimate) -> list[Remedy]:
+    """Up to three changes of which each makes the run fit, those that change least first."""
+    chosen: list[Remedy] = []
     for remedy in _each(found):
-        cut = remedy.found.plan.records < found.plan.records
-        if remedy.found.fits and not (cut and any(r.found.plan.records < found.plan.records for r in enough)):
-            enough.append(remedy)
-        if len(enough) == ENOUGH:
+        smaller = remedy.found.plan.records < found.plan.records
+        again = smaller and any(other.found.plan.records < found.plan.records for other in chosen)
+        if remedy.found.fits and not again:
+            chosen.append(remedy)
+        if len(chosen) == SHOWN:
             break
-    return enough or _together(found)
+    return chosen
 
 
-def _together(found: Estimate) -> list[Remedy]:
+def together(found: Estimate) -> list[Remedy]:
+    """Changes to be made together, the one that saves most first, until the run fits or nothing more helps. What is
+    trained changes only where nothing else saves a fiftieth."""
     chosen: list[Remedy] = []
     now = found
+
+    def worth(remedy: Remedy) -> tuple[bool, bool, int]:
+        same = remedy.found.plan.module.train_part == now.plan.module.train_part
+        return remedy.found.fits, same and remedy.saves > now.total / 50, remedy.saves
+
     while not now.fits:
-        best = max(_each(now), key=lambda remedy: (remedy.found.fits, remedy.saves), default=None)
+        best = max(_each(now), key=worth, default=None)
         if best is None or best.saves <= 0:
             break
         chosen, now = [*chosen, best], best.found
@@ -108,8 +115,7 @@ def _changes(found: Estimate) -> Iterator[tuple[str, Plan]]:
         yield arguments, plan.altered(records=records, pool=min(plan.pool, records), accumulate=times)
     if not plan.card.cpu:
         yield from _shared_out(plan)
-    doubled = found.counts.teacher_bytes > 2 * sum(found.counts.sizes)
-    if doubled and module.reader == "student" and module.teacher_dtype != "bfloat16":
+    if found.counts.teacher_bytes == 4 * found.counts.teacher > 0 and module.reader == "student":
         yield f"{model}teacher_dtype bfloat16", plan.altered(teacher_dtype="bfloat16")
     if plan.compute == torch.float32 and not plan.card.cpu:
         yield "--trainer.precision bf16-mixed", plan.altered(precision="bf16-mixed")

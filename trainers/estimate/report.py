@@ -23,6 +23,8 @@ def _parameters(found: Estimate) -> Table:
         table.add_row(name, f"{part.all:,}", f"{part.trained:,}")
     table.add_section()
     table.add_row("all", f"{sum(found.counts.sizes):,}", f"{found.counts.trained:,}")
+    if found.counts.teacher:
+        table.add_row("teacher, a copy", f"{found.counts.teacher:,}", "0")
     return table
 
 
@@ -32,11 +34,10 @@ def _memory(found: Estimate) -> Table:
     table = Table(
         "GiB", title=f"Memory of one {where} of {plan.gpus}, at the largest micro-batch", title_justify="left"
     )
-    names: dict[str, None] = {}
-    for moment, parts in found.moments.items():
+    for moment in found.moments:
         table.add_column(moment, justify="right")
-        names |= dict.fromkeys(name for name, size in parts.items() if size)
-    for name in names:
+    fullest_first = sorted(found.moments.values(), key=len, reverse=True)
+    for name in dict.fromkeys(name for parts in fullest_first for name, size in parts.items() if size):
         table.add_row(name, *(_gib(parts.get(name, 0)) for parts in found.moments.values()))
     table.add_section()
     table.add_row("all", *(_gib(sum(parts.values())) for parts in found.moments.values()))

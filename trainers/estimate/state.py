@@ -13,7 +13,7 @@ CONTEXT = int(0.6 * GIB)  # a CUDA context with torch's kernels
 COMMUNICATION = int(0.6 * GIB)  # NCCL's own buffers, of a job of several processes
 FRAGMENTS = 0.05  # share of what comes and goes in a step that the allocator cannot use again
 HOST_PROCESS = 3 * GIB  # Python with torch, CUDA's and DeepSpeed's libraries, a process
-HOST_WORKER = int(0.7 * GIB)  # a loader process
+HOST_WORKER = int(0.3 * GIB)  # a loader process
 CPU_PROCESS = int(0.6 * GIB)  # Python with torch and transformers, where the host is all there is
 
 
@@ -36,7 +36,7 @@ class State:
     host: dict[str, int]
 
 
-def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1, ddp: bool = False) -> State:
+def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -> State:
     """The state of one of `world` processes.
 
     | | plain, DDP | ZeRO-1 | ZeRO-2 | ZeRO-3 |
@@ -56,8 +56,9 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1, d
     p, w = counts.trained, world
     e = counts.trained_bytes // p
     if sharding.stage is None:
-        always = {"weights": counts.bytes, "optimizer": 2 * e * p, "teacher": counts.teacher_bytes}
-        return State(always, {"buckets": e * p} if ddp and w > 1 else {}, {"gradients": e * p}, {}, {})
+        always = {"weights": counts.bytes, "optimizer": 2 * counts.trained_bytes, "teacher": counts.teacher_bytes}
+        always |= {"buckets": counts.trained_bytes} if w > 1 else {}
+        return State(always, {}, {"gradients": counts.trained_bytes}, {}, {})
     third = sharding.stage == 3
     gradients = e * p if sharding.stage == 1 else -(-e * p // w)
     states = (8 if third and e == 4 else 12) * p // w

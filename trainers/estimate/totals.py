@@ -81,7 +81,7 @@ def estimate(cli: TrainingCLI, gpus: int, card: Card) -> Estimate:
 def estimate_plan(plan: Plan) -> Estimate:
     """`estimate`, of a plan."""
     counts, step = measure(plan)
-    held = state(counts, plan.sharding, plan.gpus, plan.accumulate, ddp=plan.sharding.stage is None)
+    held = state(counts, plan.sharding, plan.gpus, plan.accumulate)
     moments = _moments(plan, counts, step, held)
     flops = step.flops / step.tokens
     speed = None
@@ -106,13 +106,11 @@ def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, d
     }
     if plan.gpus > 1 and not on_cpu:
         allowance["communication"] = parts_of_state.COMMUNICATION
-    always = held.always
+    always, in_step = held.always, dict(held.in_step)
     if on_cpu:  # host and device are one; a bucket's pages count when they are written to
         always = _sum(always, held.host)
-        sent = held.in_step.get("buckets")
-        if sent is not None:
-            held.in_step["buckets"] = min(sent, 3 * counts.trained_bytes)
-    moving = _sum(held.in_step, step.peak)
+        in_step = {k: min(size, 3 * counts.trained_bytes) if k == "buckets" else size for k, size in in_step.items()}
+    moving = _sum(in_step, step.peak)
     moving["fragments"] = int(parts_of_state.FRAGMENTS * sum(moving.values()))
     found = {
         LOADING: {"weights": counts.loaded_bytes - counts.teacher_bytes, "teacher": counts.teacher_bytes},
