@@ -4,8 +4,8 @@
     python tests/benchmarks/bench_memory.py --only upper    # those whose name has "upper"; --steps 2 --json FILE
 
 Measured is the peak resident set of three optimizer steps on a random model and texts as long as the limits allow, over
-that of a run of a model of next to no parameters (width 8) before it in the same process, which has loaded the libraries
-and needs no memory to speak of. The estimate is without what it allows for a process. Linux.
+that of a run of a model of next to no parameters (width 8) before it in the same process, which has loaded the
+libraries and needs no memory to speak of. The estimate is without what it allows for a process. Linux.
 """
 
 import argparse

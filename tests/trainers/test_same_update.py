@@ -19,6 +19,14 @@ TRAINED = {
     "qk": ["--model.init_args.gist.selection=both"],  # gradients reach keys inside their layer
 }
 STEPS = 20
+CALLBACKS = [
+    *(f"--trainer.callbacks+=trainers.callbacks.{name}" for name in ("GradNorm", "Throughput", "PoolSizes")),
+    *(f"--trainer.callbacks+=trainers.callbacks.{name}" for name in ("SelectionFigures", "SampleEdits")),
+    "--trainer.callbacks+=trainers.callbacks.FinalEvaluation",
+    "--trainer.callbacks.pool_sizes=[4]",
+    "--trainer.callbacks.records=4",
+    "--trainer.callbacks.exact_match=false",
+]
 OFFLOAD = [f"--trainer.strategy.init_args.offload_{what}=true" for what in ("optimizer", "parameters")]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,6 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     wanted.append({"name": "zero3-teacher", "args": [*TWO, *shards, *harder], "steps": STEPS})
     wanted.append({"name": "offload", "args": [*TWO, *zero(3, *OFFLOAD)], "steps": STEPS})
     for stage in (2, 3):
+        watched = [*TWO, *zero(stage), "--trainer.val_check_interval=2", *CALLBACKS]
+        wanted.append({"name": f"watched-{stage}", "args": watched, "steps": 4})
         args = [*TWO, *zero(stage), "--trainer.precision=bf16-mixed", "--trainer.val_check_interval=5"]
         wanted.append({"name": f"bf16-{stage}", "args": args, "steps": 6})
     found = together(folder, wanted)
@@ -62,6 +72,12 @@ def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], sp
     assert two["params"].keys() == one["params"].keys()
     for name, tensor in one["params"].items():
         torch.testing.assert_close(two["params"][name], tensor, rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_callbacks_that_edit_leave_training_as_it_is(runs: dict[str, Any], stage: int) -> None:
+    """Bit by bit, also where they need weights that are in shards."""
+    assert runs[f"watched-{stage}"]["losses"] == runs[f"zero{stage}-full"]["losses"][:4]
 
 
 def test_half_precision_trains_alike(runs: dict[str, Any]) -> None:

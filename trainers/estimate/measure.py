@@ -70,7 +70,7 @@ class Step:
     Args:
         peak: bytes besides parameters at the step's largest moment, by what they are for.
         flops: of all multiplications, repeated ones too.
-        tokens: positions that the student reads, of edits and queries.
+        tokens: positions of edits and queries, which the student reads.
     """
 
     peak: Counter[str]
@@ -83,6 +83,7 @@ _known: dict[str, tuple[Counts, Step]] = {}
 
 def measure(plan: Plan) -> tuple[Counts, Step]:
     """Build the plan's module and run its largest micro-batch, both without data: seconds, and no memory to speak of.
+    Liger's kernels, which hold less, are left out.
 
     Raises:
         ValueError: where the backbone's shape cannot be had, or the module's settings exclude each other.
@@ -90,7 +91,7 @@ def measure(plan: Plan) -> tuple[Counts, Step]:
     m = plan.module
     settings = (m.backbone_config, m.gist_config, m.queries, m.loss, m.lora, m.train_part, m.reader, m.teacher_dtype)
     keeps = plan.sharding.stage is None
-    run = (m.gradient_checkpointing, plan.records, plan.cast, plan.autocast, plan.card.cpu, keeps, plan.accumulate > 1)
+    run = (m.gradient_checkpointing, plan.records, plan.cast, plan.autocast, plan.card.cpu, keeps, keeps and plan.accumulate > 1)
     key = repr((settings, run))
     if key not in _known:
         with _built(plan) as (module, mode, counts):
@@ -158,7 +159,7 @@ def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
             module.zero_grad()
         torch.autograd.backward([loss])
     peak = Counter({kind: size for kind, size in mode.peak.items() if size and kind not in ("parameters", "other")})
-    return Step(peak, mode.flops, batch.edits.numel() + len(batch.edits) + batch.queries.numel())
+    return Step(peak, mode.flops, batch.edits.numel() + batch.queries.numel())
 
 
 def largest_batch(module: InComeS, records: int) -> GistBatch:
