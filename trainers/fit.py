@@ -1,16 +1,26 @@
-"""Train an editor: `python -m trainers.fit --config incomes_smollm2.yaml [--a.b.c value ...]`."""
+"""Train an editor: `python -m trainers.fit --config incomes_smollm2.yaml [--a.b.c value ...]`.
+
+With --dry_run it only says what the run would need, as `python -m trainers.estimate` does with the same arguments.
+"""
 
 import sys
 from collections.abc import Sequence
 
+from trainers import estimate
 from trainers.callbacks.non_finite import NonFiniteError
 from trainers.checkpoints.folder import CheckpointError
 from trainers.cli import fail, is_rank_zero, parse, rank
 from trainers.processes import end_with_parent
 
+DRY_RUN = "--dry_run"
+
 
 def main(args: Sequence[str] | None = None) -> None:
     end_with_parent()
+    wanted = sys.argv[1:] if args is None else list(args)
+    if DRY_RUN in wanted:
+        estimate.main([arg for arg in wanted if arg != DRY_RUN])
+        return
     cli = parse(args)
     try:
         cli.check()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -111,6 +112,8 @@ class Zero(DeepSpeedStrategy):
                 f"trainer.precision {self.precision_plugin.precision}: processors have no fp16 for DeepSpeed; take "
                 "32-true or bf16-mixed"
             )
+        if isinstance(self.accelerator, CPUAccelerator) and not any(map(shutil.which, ("c++", "g++"))):
+            raise ValueError("ZeRO on processors compiles an operator of DeepSpeed's: install a C++ compiler (g++)")
 
     # ------------------------------------------------------------------ processes
 

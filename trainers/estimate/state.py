@@ -11,7 +11,8 @@ from trainers.estimate.plan import Sharding
 
 CONTEXT = int(0.6 * GIB)  # a CUDA context with torch's kernels
 COMMUNICATION = int(0.6 * GIB)  # NCCL's own buffers, of a job of several processes
-FRAGMENTS = 0.05  # share of what comes and goes in a step that the allocator cannot use again
+FRAGMENTS = 0.05  # share of what comes and goes in a step that CUDA's allocator cannot use again; assumed
+HOST_FRAGMENTS = 0.15  # the same of the C library's; measured by tests/benchmarks/bench_memory.py
 HOST_PROCESS = 3 * GIB  # Python with torch, CUDA's and DeepSpeed's libraries, a process
 HOST_WORKER = int(0.3 * GIB)  # a loader process
 CPU_PROCESS = int(0.6 * GIB)  # Python with torch and transformers, where the host is all there is

@@ -111,7 +111,8 @@ def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, d
         always = _sum(always, held.host)
         in_step = {k: min(size, 3 * counts.trained_bytes) if k == "buckets" else size for k, size in in_step.items()}
     moving = _sum(in_step, step.peak)
-    moving["fragments"] = int(parts_of_state.FRAGMENTS * sum(moving.values()))
+    lost = parts_of_state.HOST_FRAGMENTS if on_cpu else parts_of_state.FRAGMENTS
+    moving["fragments"] = int(lost * sum(moving.values()))
     found = {
         LOADING: {"weights": counts.loaded_bytes - counts.teacher_bytes, "teacher": counts.teacher_bytes},
         STEP: _sum(always, moving),
