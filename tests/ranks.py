@@ -87,8 +87,8 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     Keys: name, args, steps; save: whether to save at the end; resume: the checkpoint to go on from; usage: whether to
     note memory, open files and processes after each step; fails: whether it is to. What goes wrong in it: nan: [rank,
-    step] where the loss is no number; full_disk: [rank, step] after which nothing can be written; slow_save: the step
-    whose checkpoint stops half-way.
+    step] where the loss is no number; nan_gradient: where a gradient is; full_disk: [rank, step] after which nothing
+    can be written; slow_save: the step whose checkpoint stops half-way.
     """
     import lightning as L
     import torch
@@ -104,6 +104,8 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             self.losses, self.records, self.usage = [], [], []
             if run.get("nan"):
                 not_a_number(trainer, module, *run["nan"])
+            if run.get("nan_gradient"):
+                bad_gradient(trainer, module, *run["nan_gradient"])
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             self.records.append(batch.records)
@@ -156,6 +158,16 @@ def not_a_number(trainer: Any, module: Any, rank: int, step: int | None) -> None
         return found
 
     module.losses = losses
+
+
+def bad_gradient(trainer: Any, module: Any, rank: int, step: int) -> None:
+    """The gradient of one state, half-way through the model, is no number; the loss is one."""
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        if module.training and output.requires_grad and (trainer.global_rank, trainer.global_step) == (rank, step):
+            output.register_hook(lambda gradient: gradient * float("nan"))
+
+    module.gists.backbone.layers[1].get_submodule("mlp").register_forward_hook(hook)
 
 
 def slow_save(folder: Path) -> None:

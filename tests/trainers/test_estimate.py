@@ -18,8 +18,9 @@ from modules.backbone import BackboneConfig
 from trainers.cli import CONFIGS
 from trainers.estimate import Estimate, cards, estimate, main, named, remedies, sized
 from trainers.estimate.command import parsed
-from trainers.estimate.measure import Counts, count, largest_batch, measure, shape_of
+from trainers.estimate.measure import Counts, count, largest_batch, measure
 from trainers.estimate.plan import Plan, Sharding, plan_of, sharding_of
+from trainers.estimate.shape import shape_of
 from trainers.estimate.state import CONTEXT, state
 from trainers.estimate.totals import LOADING, STEP, UPDATE, UTILISATION, VALIDATION, estimate_plan
 from trainers.estimate.weightless import Weightless
@@ -386,7 +387,9 @@ def test_a_remedy_that_is_named_fits(gib: float, capsys: pytest.CaptureFixture[s
 
 
 def test_what_nothing_can_make_fit() -> None:
-    message, code = command("--config=incomes_tiny.yaml", "--gpus=1", "--gpu_memory=0.5")
+    shape = random_source("llama", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
+    one = "--data.init_args.records_per_batch=1"
+    message, code = command("--config=incomes_tiny.yaml", *shape, one, "--gpus=1", "--gpu_memory=0.5")
     assert code not in (0, None)
     assert "still too much" in message
 

@@ -27,6 +27,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     for name, args in STRATEGIES.items():
         runs.append({"name": f"{name}-before", "args": [*TWO, *args], "steps": 3})
         runs.append({"name": f"{name}-stop", "args": [*TWO, *args], "steps": 6, "nan": [1, 3], "fails": True})
+        runs.append({"name": f"{name}-gradient", "args": [*TWO, *args], "steps": 6, "fails": True})
+        runs[-1]["nan_gradient"] = [1, 3]
         runs.append({"name": f"{name}-skip", "args": [*TWO, *args, *SKIP], "steps": 4, "nan": [1, 3]})
     runs.append({"name": "limit", "args": [*TWO, *zero(2), *SKIP, "--non_finite.limit=1"], "steps": 6, "fails": True})
     runs[-1]["nan"] = [1, None]
@@ -40,6 +42,14 @@ def test_all_ranks_stop_before_a_step_with_a_loss_that_is_no_number(bad: dict[st
     assert error.startswith("NonFiniteError: step 4: the loss is not finite on rank 1 (records facts/")
     assert all(record in error for record in stopped["records"][1][3])
     assert not any(record in error for record in stopped["records"][0][3])
+    assert all(torch.equal(t, stopped["params"][n]) for n, t in before["params"].items())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_gradient_that_is_no_number_stops_them_too(bad: dict[str, Any], strategy: str) -> None:
+    before, stopped = bad[f"{strategy}-before"], bad[f"{strategy}-gradient"]
+    assert stopped["error"].startswith("NonFiniteError: step 4: a gradient is not finite")
+    assert all(stopped["records"][rank][3][0] in stopped["error"] for rank in (0, 1))
     assert all(torch.equal(t, stopped["params"][n]) for n, t in before["params"].items())
 
 

@@ -14,6 +14,8 @@ from trainers.checkpoints.folder import CheckpointError, verify
 from trainers.cli import TrainingCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+DDP = "--trainer.strategy=ddp_find_unused_parameters_true"
+MOVED = ["2x2-2x3", "2x2-1x2", "2x3-1x3", "2x3-1x1", "1x2-2x2", "1x2-2x3"]
 LORA = ["--model.init_args.train=lora"]
 RATES = ["--model.init_args.optimizer.selection_lr=0.0005"]  # two parameter groups that differ
 
@@ -48,6 +50,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         rest("2x2-2x2", saved("2x2"), *TWO, *zero(2)),
         rest("2x3-2x3", saved("2x3"), *TWO, *zero(3)),
         rest("2x2-2x3", saved("2x2"), *TWO, *zero(3)),
+        half("2xddp", *TWO, DDP),
         {"name": "other", "args": [*TWO, *zero(2), *LORA], "steps": 6, "resume": saved("2x2"), "fails": True},
     ]
     then = [
@@ -61,8 +64,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         rest("1x2-2x3", saved("1x2"), *TWO, *zero(3)),
     ]
     found = together(folder, first) | together(folder, then, ranks=1) | together(folder, last)
-    alone = {"one": half("one", *ONE), "one-lora": half("one-lora", *ONE, *LORA)}
-    return found | {name: perform(run, folder) for name, run in alone.items()}
+    alone = [half("one", *ONE), half("one-lora", *ONE, *LORA), rest("2xddp-one", saved("2xddp"), *ONE)]
+    return found | {run["name"]: perform(run, folder) for run in alone}
 
 
 @pytest.mark.parametrize(("resumed", "whole"), [("2x2-2x2", "whole"), ("2x3-2x3", "whole3")])
@@ -72,7 +75,7 @@ def test_at_the_same_size_the_run_goes_on_bit_by_bit(runs: dict[str, Any], resum
     assert runs[resumed]["records"] == [rank[3:] for rank in runs[whole]["records"]]
 
 
-@pytest.mark.parametrize("resumed", ["2x2-2x3", "2x2-1x2", "2x3-1x3", "2x3-1x1", "1x2-2x2", "1x2-2x3"])
+@pytest.mark.parametrize("resumed", [*MOVED, "2xddp-one"])
 def test_at_another_size_or_stage_it_goes_on_too(runs: dict[str, Any], resumed: str) -> None:
     """The same records, losses and parameters as if the job had never changed."""
     losses = runs[resumed]["losses"]

@@ -31,9 +31,12 @@ def _parameters(found: Estimate) -> Table:
 def _memory(found: Estimate) -> Table:
     plan = found.plan
     where = "process" if plan.card.cpu else "GPU"
-    table = Table(
-        "GiB", title=f"Memory of one {where} of {plan.gpus}, at the largest micro-batch", title_justify="left"
+    limits = plan.module.queries
+    largest = (
+        f"{plan.records} edits and {plan.records * limits.per_record} queries, the longest that queries."
+        f"max_edit_tokens {limits.max_edit_tokens} and max_query_tokens {limits.max_query_tokens} allow"
     )
+    table = Table("GiB", title=f"Memory of one {where} of {plan.gpus}; a micro-batch: {largest}", title_justify="left")
     for moment in found.moments:
         table.add_column(moment, justify="right")
     fullest_first = sorted(found.moments.values(), key=len, reverse=True)
@@ -54,7 +57,7 @@ def _host(found: Estimate) -> list[str]:
 def _speed(found: Estimate) -> str:
     work = f"{found.flops / 1e9:.1f} GFLOP a token ({found.flops / sum(found.counts.sizes):.1f} a parameter)"
     if found.tokens_per_second is None:
-        return f"Speed: not estimated, this card's peak at this precision is not known; {work}"
+        return f"Speed: not estimated, which needs a card with a name, 16-bit precision and no offload; {work}"
     each = found.tokens_per_second / found.plan.gpus
     hours = f"; {found.hours:.1f} h for {found.plan.steps:,} steps of {found.tokens:,} tokens" if found.hours else ""
     return (

@@ -5,11 +5,20 @@ from dataclasses import dataclass, field
 import torch
 
 from trainers.cli import TrainingCLI
-from trainers.estimate import state as parts_of_state
 from trainers.estimate.cards import Card
 from trainers.estimate.measure import Counts, Step, measure
 from trainers.estimate.plan import Plan, plan_of
-from trainers.estimate.state import State, state
+from trainers.estimate.state import (
+    COMMUNICATION,
+    CONTEXT,
+    CPU_PROCESS,
+    FRAGMENTS,
+    HOST_FRAGMENTS,
+    HOST_PROCESS,
+    HOST_WORKER,
+    State,
+    state,
+)
 
 UTILISATION = 0.4
 """Assumed share of the card's dense bf16 peak that all multiplications reach together, those repeated by checkpointing
@@ -101,18 +110,15 @@ def estimate_plan(plan: Plan) -> Estimate:
 
 def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, dict[str, int]]:
     on_cpu = plan.card.cpu
-    allowance = {
-        "process" if on_cpu else "CUDA context": parts_of_state.CPU_PROCESS if on_cpu else parts_of_state.CONTEXT
-    }
+    allowance = {"process": CPU_PROCESS} if on_cpu else {"CUDA context": CONTEXT}
     if plan.gpus > 1 and not on_cpu:
-        allowance["communication"] = parts_of_state.COMMUNICATION
+        allowance["communication"] = COMMUNICATION
     always, in_step = held.always, dict(held.in_step)
     if on_cpu:  # host and device are one; a bucket's pages count when they are written to
         always = _sum(always, held.host)
         in_step = {k: min(size, 3 * counts.trained_bytes) if k == "buckets" else size for k, size in in_step.items()}
     moving = _sum(in_step, step.peak)
-    lost = parts_of_state.HOST_FRAGMENTS if on_cpu else parts_of_state.FRAGMENTS
-    moving["fragments"] = int(lost * sum(moving.values()))
+    moving["fragments"] = int((HOST_FRAGMENTS if on_cpu else FRAGMENTS) * sum(moving.values()))
     found = {
         LOADING: {"weights": counts.loaded_bytes - counts.teacher_bytes, "teacher": counts.teacher_bytes},
         STEP: _sum(always, moving),
@@ -129,8 +135,8 @@ def _host(plan: Plan, held: State) -> dict[str, int]:
     here = -(-plan.gpus // plan.nodes)
     found = {name: size * here for name, size in held.host.items()}
     return found | {
-        "processes": parts_of_state.HOST_PROCESS * here,
-        "loader workers": parts_of_state.HOST_WORKER * here * plan.workers,
+        "processes": HOST_PROCESS * here,
+        "loader workers": HOST_WORKER * here * plan.workers,
     }
 
 
