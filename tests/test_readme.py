@@ -25,6 +25,8 @@ def test_a_command_names_what_there_is(command):
         assert config == "another.yaml" or (ROOT / "configs" / config).is_file(), config
     if name == "fit":
         assert set(re.findall(r"--(\w+)[ =]", command)) <= {"config", "ckpt_path", "run_dir", "model"}
+    elif name == "estimate":
+        assert set(re.findall(r"--(\w+)", command)) <= {"config", "gpus", "gpu", "gpu_memory"}
     else:
         known = set(inspect.signature(getattr(module, name)).parameters) | {"config"}
         assert set(re.findall(r"--(\w+)", command)) <= known
