@@ -45,6 +45,7 @@ BASE = [
     "--trainer.num_sanity_val_steps=0",
     "--checkpoint.at_end=false",
     "--trainer.limit_val_batches=0",
+    "--trainer.gradient_clip_val=null",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]

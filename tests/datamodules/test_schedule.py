@@ -78,6 +78,7 @@ def test_a_step_is_the_same_slots_however_it_is_spread() -> None:
         assert len(steps[0]) == 16
         assert all(s == steps[0] for s in steps)
 
+
 def test_a_step_has_the_same_pools_on_ranks_as_in_accumulation() -> None:
     """Edits that compete are the same ones, so the same update can come of it."""
     for step in range(6):
