@@ -33,6 +33,7 @@ class Parts:
         keys: the module whose output holds the keys before any rotation, from the attention module.
         down: the MLP's last projection, from a layer (what locate-and-edit methods edit).
         norm: the last norm, from the model's root.
+        mlp: all linear layers of the MLP, from a layer, in the order in which they are used.
         fused_keys: None where `keys` gives keys alone; else how they are interleaved with queries and values.
         unrotated: keys are never rotated (learned positions).
     """
@@ -42,25 +43,36 @@ class Parts:
     keys: str
     down: str
     norm: str
+    mlp: tuple[str, ...]
     fused_keys: str | None = None
     unrotated: bool = False
 
 
-_LLAMA = Parts("model.layers", "self_attn", "k_proj", "mlp.down_proj", "model.norm")
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LLAMA = Parts("model.layers", "self_attn", "k_proj", "mlp.down_proj", "model.norm", _GATED)
 PARTS: dict[str, Parts] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": Parts("model.layers", "self_attn", "k_norm", "mlp.down_proj", "model.norm"),
-    "gpt2": Parts("transformer.h", "attn", "c_attn", "mlp.c_proj", "transformer.ln_f", unrotated=True),
+    "qwen3": Parts("model.layers", "self_attn", "k_norm", "mlp.down_proj", "model.norm", _GATED),
+    "gpt2": Parts(
+        "transformer.h",
+        "attn",
+        "c_attn",
+        "mlp.c_proj",
+        "transformer.ln_f",
+        ("mlp.c_fc", "mlp.c_proj"),
+        unrotated=True,
+    ),
     "gpt_neox": Parts(
         "gpt_neox.layers",
         "attention",
         "query_key_value",
         "mlp.dense_4h_to_h",
         "gpt_neox.final_layer_norm",
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         fused_keys="per_head",
     ),
-    "gptj": Parts("transformer.h", "attn", "k_proj", "mlp.fc_out", "transformer.ln_f"),
+    "gptj": Parts("transformer.h", "attn", "k_proj", "mlp.fc_out", "transformer.ln_f", ("mlp.fc_in", "mlp.fc_out")),
 }
 
 

@@ -1,29 +1,38 @@
-"""A trained InComeS as a folder, and back.
+"""A trained editor as a folder, and back.
 
 The folder holds, as safetensors and JSON alone:
 
+    editor.json                                        which editor it is, backbone, switches, data, versions, metrics
+    editor.safetensors                                 what was trained: a hypernetwork (MEND); gist token, selection,
+                                                       encoder (InComeS)
+
+and of InComeS
+
     config.json, model*.safetensors, tokenizer files   the model that answers, a plain transformers model
     adapter_config.json, adapter_model.safetensors     instead of it, where adapters were trained (peft's format)
-    editor.safetensors                                 what else was trained: gist token, selection, encoder
-    editor.json                                        backbone, switches, data, versions, metrics
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.backbone import BackboneConfig
 from modules.gist.editor import GistEditor
-from modules.gist.model import GistConfig, GistModel
+from modules.gist.model import GistConfig
+from modules.hypernetwork.editor import DeltaEditor
+from modules.hypernetwork.module import EditedLayers, GradientEditor
 from modules.trained.incomes import InComeS, LoraOptions
+from modules.trained.mend import MEND
 
 FORMAT = 1
 _ENCODER = "language_model."
@@ -40,38 +49,44 @@ def versions() -> dict[str, str]:
     return found
 
 
-def export(module: InComeS, folder: Path, about: dict[str, Any] | None = None) -> None:
+class Kind(NamedTuple):
+    """How one sort of trained editor is written and read.
+
+    Args:
+        write: write all files but editor.json, and return what `build` needs of it.
+        build: the untrained module, from what editor.json of a folder tells.
+        fill: read the trained tensors of the folder into the module.
+    """
+
+    write: Callable[[Any, Path], dict[str, Any]]
+    build: Callable[[Path, dict[str, Any]], Any]
+    fill: Callable[[Any, Path], None]
+
+
+def export(module: L.LightningModule, folder: Path, about: dict[str, Any] | None = None) -> None:
     """Write a trained module to a folder. `about`: data, metrics and whatever else editor.json should tell.
 
     Raises:
         FileExistsError: where the folder has something in it.
+        TypeError: for a module that is no editor known here.
     """
+    name = next((name for name, kind in MODULES.items() if isinstance(module, kind)), None)
+    if name is None:
+        raise TypeError(f"{type(module).__name__} cannot be exported; there are: {', '.join(MODULES)}")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    model = module.gists
-    if module.train_part == "lora":
-        _save_adapter(module, folder)
-    else:
-        model.reader.model.save_pretrained(folder)
-        _plain_config(folder, module.backbone_config)
-    module.tokenizer.save_pretrained(folder)
-    save_file(_own_tensors(module), folder / "editor.safetensors")
     facts = {
         "format": FORMAT,
-        "editor": "incomes",
-        "backbone": asdict(module.backbone_config),
-        "gist": asdict(module.gist_config),
-        "train": module.train_part,
-        "reader": module.reader,
-        "lora": asdict(module.lora),
+        "editor": name,
+        **_kind(name).write(module, folder),
         "versions": versions(),
         **(about or {}),
     }
     (folder / "editor.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_editor(folder: Path | str) -> GistEditor:
+def load_editor(folder: Path | str) -> GistEditor | DeltaEditor:
     """The editor in a folder that `export` wrote.
 
     Raises:
@@ -85,19 +100,77 @@ def load_editor(folder: Path | str) -> GistEditor:
         )
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT or facts["editor"] != "incomes":
+        if facts["format"] != FORMAT or facts["editor"] not in MODULES:
             raise ValueError(f"format {facts['format']!r} of editor {facts['editor']!r} is not known here")
-        backbone = BackboneConfig(**facts["backbone"])
-        lora = facts["train"] == "lora"
-        module = InComeS(
-            backbone if lora else BackboneConfig(str(folder), backbone.dtype, backbone.attention),
-            GistConfig(**facts["gist"]),
-            train=facts["train"],
-            reader=facts["reader"],
-            lora=LoraOptions(**facts["lora"]),
-        )
+        kind = _kind(facts["editor"])
+        module = kind.build(folder, facts)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error!r}; export again") from error
+    kind.fill(module, folder)
+    return module.editor()
+
+
+# ---------------------------------------------------------------------- editors with a hypernetwork
+
+
+def _write_network(module: GradientEditor, folder: Path) -> dict[str, Any]:
+    state = module.deltas.network.state_dict()
+    save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, folder / "editor.safetensors")
+    return {
+        "backbone": asdict(module.backbone_config),
+        "layers": asdict(module.layers),
+        "settings": module.settings(),
+    }
+
+
+def _build_network(folder: Path, facts: dict[str, Any]) -> GradientEditor:
+    kind = MODULES[facts["editor"]]
+    assert issubclass(kind, GradientEditor)
+    return kind.of(BackboneConfig(**facts["backbone"]), EditedLayers(**facts["layers"]), facts["settings"])
+
+
+def _fill_network(module: GradientEditor, folder: Path) -> None:
+    saved = _load(folder / "editor.safetensors")
+    network = module.deltas.network
+    _fill(network, saved, set(network.state_dict()), folder)
+    module.deltas.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------------- InComeS
+
+
+def _write_gists(module: InComeS, folder: Path) -> dict[str, Any]:
+    if module.train_part == "lora":
+        _save_adapter(module, folder)
+    else:
+        module.gists.reader.model.save_pretrained(folder)
+        _plain_config(folder, module.backbone_config)
+    module.tokenizer.save_pretrained(folder)
+    save_file(_own_tensors(module), folder / "editor.safetensors")
+    return {
+        "backbone": asdict(module.backbone_config),
+        "gist": asdict(module.gist_config),
+        "train": module.train_part,
+        "reader": module.reader,
+        "lora": asdict(module.lora),
+    }
+
+
+def _build_gists(folder: Path, facts: dict[str, Any]) -> InComeS:
+    backbone = BackboneConfig(**facts["backbone"])
+    if facts["train"] != "lora":
+        backbone = BackboneConfig(str(folder), backbone.dtype, backbone.attention)
+    return InComeS(
+        backbone,
+        GistConfig(**facts["gist"]),
+        train=facts["train"],
+        reader=facts["reader"],
+        lora=LoraOptions(**facts["lora"]),
+    )
+
+
+def _fill_gists(module: InComeS, folder: Path) -> None:
+    lora = module.train_part == "lora"
     saved = _load(folder / "editor.safetensors")
     model = module.gists
     if lora:
@@ -108,7 +181,15 @@ def load_editor(folder: Path | str) -> GistEditor:
         wanted = {n for n in wanted if not n.startswith(_ENCODER)}  # it is the plain model, loaded already
     _fill(model, saved, wanted, folder)
     model.requires_grad_(False).eval()
-    return module.editor()
+
+
+MODULES: dict[str, type[L.LightningModule]] = {"incomes": InComeS, MEND.method: MEND}
+GISTS = Kind(_write_gists, _build_gists, _fill_gists)
+NETWORK = Kind(_write_network, _build_network, _fill_network)
+
+
+def _kind(name: str) -> Kind:
+    return NETWORK if issubclass(MODULES[name], GradientEditor) else GISTS
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -164,7 +245,7 @@ def _plain_config(folder: Path, backbone: BackboneConfig) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _fill(model: GistModel, saved: dict[str, Tensor], wanted: set[str], folder: Path) -> None:
+def _fill(model: nn.Module, saved: dict[str, Tensor], wanted: set[str], folder: Path) -> None:
     missing, extra = sorted(wanted - set(saved)), sorted(set(saved) - wanted)
     if missing or extra:
         raise ValueError(f"{folder}: tensors do not fit editor.json: missing {missing[:3]}, unknown {extra[:3]}")

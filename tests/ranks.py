@@ -25,8 +25,9 @@ QUIET = [
     "--trainer.enable_model_summary=false",
     "--trainer.val_check_interval=1000",
     "--checkpoint.at_end=false",
-    "--model.init_args.optimizer.decay_steps=20",
 ]
+# what each config needs besides
+CONFIGS = {"incomes_tiny": ["--model.init_args.optimizer.decay_steps=20"], "mend_tiny": ["--trainer.callbacks=[]"]}
 # the same 16 records in the same pools for each step: 8 of a micro-batch, on two ranks or in two accumulated ones
 TWO = ["--trainer.devices=2"]
 ONE = ["--trainer.devices=1", "--trainer.accumulate_grad_batches=2"]
@@ -85,10 +86,10 @@ def together(folder: Path, runs: Sequence[Mapping[str, Any]], ranks: int = 2) ->
 def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """One run on this rank, in folder / name.
 
-    Keys: name, args, steps; save: whether to save at the end; resume: the checkpoint to go on from; usage: whether to
-    note memory, open files and processes after each step; fails: whether it is to. What goes wrong in it: nan: [rank,
-    step] where the loss is no number; nan_gradient: where a gradient is; full_disk: [rank, step] after which nothing
-    can be written; slow_save: the step whose checkpoint stops half-way.
+    Keys: name, args, steps; config: its name, by default incomes_tiny; save: whether to save at the end; resume: the
+    checkpoint to go on from; usage: whether to note memory, open files and processes after each step; fails: whether it
+    is to. What goes wrong in it: nan: [rank, step] where the loss is no number; nan_gradient: where a gradient is;
+    full_disk: [rank, step] after which nothing can be written; slow_save: the step whose checkpoint stops half-way.
     """
     import lightning as L
     import torch
@@ -124,7 +125,8 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             if run.get("save"):
                 trainer.checkpoint_callback.save(trainer)
 
-    args = ["--config=incomes_tiny", *QUIET, *HALVES, f"--run_dir={folder / run['name']}", *run["args"]]
+    config = run.get("config", "incomes_tiny")
+    args = [f"--config={config}", *QUIET, *CONFIGS[config], *HALVES, f"--run_dir={folder / run['name']}", *run["args"]]
     cli = TrainingCLI([*args, f"--trainer.max_steps={run['steps']}"])
     watch = Watch()
     trainer, module = cli.trainer, cli.model
@@ -139,12 +141,13 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     gathered = getattr(trainer.strategy, "gathered", nullcontext)
     with gathered():
         params = {n: p.detach().float().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
+        buffers = {n: b.clone().cpu() for n, b in module.named_buffers() if n in module.trained_names()}
         answers = ask(module.editor(), cli.datamodule) if run.get("save") else None
     every: list[Any] = [watch.records]
     if trainer.world_size > 1:
         every = [None] * trainer.world_size
         torch.distributed.all_gather_object(every, watch.records)
-    seen = {"losses": watch.losses, "params": params, "records": every, "error": error}
+    seen = {"losses": watch.losses, "params": params, "buffers": buffers, "records": every, "error": error}
     return seen | {"answers": answers, "usage": watch.usage}
 
 

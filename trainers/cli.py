@@ -122,6 +122,8 @@ class TrainingCLI(LightningCLI):
             self.datamodule.check(ranks)
         if hasattr(self.trainer.strategy, "check"):
             self.trainer.strategy.check()  # type: ignore[operator]
+        if hasattr(self.model, "check"):
+            self.model.check(self.trainer)  # type: ignore[operator]
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue from. Says in one line what happens; refuses to write over an earlier run.

@@ -174,15 +174,15 @@ class Zero(DeepSpeedStrategy):
 
     # ------------------------------------------------------------------ shards
 
-    def hold(self, frozen: PreTrainedModel) -> None:
-        """Bring a frozen model that stands beside the trained one to the device, in the precision of the training; its
-        decoder in shards, if configured.
+    def hold(self, frozen: PreTrainedModel, keep_dtype: bool = False) -> None:
+        """Bring a frozen model that stands beside the trained one to the device, in the precision of the training or,
+        with `keep_dtype`, in its own; its decoder in shards, if configured.
 
         An untied output head stays whole: the losses read its weight outside any forward pass.
         """
-        cast(nn.Module, frozen).to(
-            dtype=cast(Any, self.precision_plugin)._desired_dtype
-        )  # as DeepSpeed does with the trained one
+        if not keep_dtype:
+            dtype = cast(Any, self.precision_plugin)._desired_dtype  # as DeepSpeed does with the trained one
+            cast(nn.Module, frozen).to(dtype=dtype)
         if not self.partition_teacher:
             cast(nn.Module, frozen).to(self.root_device)
             return

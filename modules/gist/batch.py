@@ -113,7 +113,7 @@ class GistCollator:
     def fits(self, record: EditRecord) -> bool:
         """Whether a record is short enough to train on (paper, section 1.5 of the methods page), and asks anything."""
         longest = max(len(encode(self.tokenizer, "", r.statement).ids) for r in record.requests)
-        by_kind = _by_kind(record)
+        by_kind = queries_by_kind(record)
         if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
             return False  # a bare statement, of which nothing is asked
         queries = [(q.prompt, q.target) for qs in by_kind.values() for q in qs]
@@ -125,7 +125,7 @@ class GistCollator:
         edit_pool: list[int] = []
         place: dict[tuple[int, tuple[int, ...]], int] = {}
         rows: list[_Row] = []
-        subjects = _subjects(slots)
+        subjects = subjects_of_pools(slots)
         for slot in slots:
             request = slot.record.request
             ids = encode(self.tokenizer, "", request.statement, bos=True).ids
@@ -141,7 +141,7 @@ class GistCollator:
 
     def _draw(self, draw: random.Random, slot: Slot, subjects: set[str]) -> tuple[Query, bool]:
         """One query of a record; a locality query that speaks of another edit's subject is no longer out of scope."""
-        options = _by_kind(slot.record)
+        options = queries_by_kind(slot.record)
         own = slot.record.request.subject
         options["locality"] = [q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)]
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
@@ -191,7 +191,7 @@ class GistCollator:
         )
 
 
-def _by_kind(record: EditRecord) -> dict[Kind, list[Query]]:
+def queries_by_kind(record: EditRecord) -> dict[Kind, list[Query]]:
     request = record.request
     return {
         "request": [Query(request.prompt, (request.target,))] if request.target else [],
@@ -201,7 +201,7 @@ def _by_kind(record: EditRecord) -> dict[Kind, list[Query]]:
     }
 
 
-def _subjects(slots: Sequence[Slot]) -> Mapping[int, set[str]]:
+def subjects_of_pools(slots: Sequence[Slot]) -> Mapping[int, set[str]]:
     found: dict[int, set[str]] = {}
     for slot in slots:
         found.setdefault(slot.pool, set()).update(r.subject for r in slot.record.requests if r.subject)

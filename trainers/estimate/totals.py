@@ -116,7 +116,7 @@ def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, d
     always, in_step = held.always, dict(held.in_step)
     if on_cpu:  # host and device are one; a bucket's pages count when they are written to
         always = _sum(always, held.host)
-        in_step = {k: min(size, 3 * counts.trained_bytes) if k == "buckets" else size for k, size in in_step.items()}
+        in_step = {k: min(size, 2 * counts.trained_bytes) if k == "buckets" else size for k, size in in_step.items()}
     moving = _sum(in_step, step.peak)
     moving["fragments"] = int((HOST_FRAGMENTS if on_cpu else FRAGMENTS) * sum(moving.values()))
     found = {

@@ -1,0 +1,210 @@
+"""Records to tensors for editors that are trained through the edited model: edits, and what is asked of each.
+
+N edits, B queries, T tokens.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.records import EditRecord, EditRequest, Query
+from datamodules.schedule import Slot
+from datamodules.tokens import Encoded, encode, pad, pad_id
+from modules.gist.batch import Kind, queries_by_kind, subjects_of_pools
+
+
+@dataclass
+class EditBatch:
+    """One micro-batch. Every pool is edited by itself: by its one edit, or by several together.
+
+    Args:
+        edits, edits_mask, edits_answer: [N, T], right-padded, and the tokens that an edit's own loss is of.
+        edit_pool: the pool of each edit [N].
+        queries, queries_mask, queries_answer: [B, T], right-padded, and the tokens that are the answer.
+        query_pool: the pool that each query is asked of [B].
+        in_scope: queries that the edit is to change [B]; the others it must leave alone.
+        pools: how many there are.
+        records: ids, for messages.
+    """
+
+    edits: Tensor
+    edits_mask: Tensor
+    edits_answer: Tensor
+    edit_pool: Tensor
+    queries: Tensor
+    queries_mask: Tensor
+    queries_answer: Tensor
+    query_pool: Tensor
+    in_scope: Tensor
+    pools: int
+    records: list[str]
+
+    @property
+    def visible(self) -> Tensor:
+        """Which edits the model of each query has [B, N]."""
+        return self.query_pool[:, None] == self.edit_pool[None]
+
+    def to(self, device: torch.device) -> "EditBatch":
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "EditBatch":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "EditBatch":
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(t) for name, t in tensors.items()})
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass
+class EditQueries:
+    """What is asked of an edited model in training.
+
+    Args:
+        generality: queries of each record that its edit is to change.
+        rates: how often each kind of them is drawn, among those that the record has. `{rephrase: 1}` as published with
+            MEND; `{request: 1}`, the edit's own prompt, as EasyEdit does it.
+        locality: queries of each record that its edit must leave alone.
+        locality_from: `record`: its own locality queries, where it has any; `others`: the edits of other pools of the
+            micro-batch, which are as likely as its own to be edited (published with MEND).
+        max_edit_tokens, max_query_tokens: records with longer ones are left out of training.
+    """
+
+    generality: int = 1
+    rates: dict[Kind, float] = field(default_factory=lambda: {"rephrase": 1.0})
+    locality: int = 1
+    locality_from: Literal["record", "others"] = "record"
+    max_edit_tokens: int = 128
+    max_query_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        known = [k for k in Kind.__args__ if k != "locality"]  # type: ignore[attr-defined]
+        wrong = [k for k in self.rates if k not in known]
+        if wrong or any(r < 0 for r in self.rates.values()) or not any(self.rates.values()):
+            raise ValueError(
+                f"queries.rates must give non-negative rates, not all zero, to some of {', '.join(known)}; "
+                f"got {self.rates}"
+            )
+        if self.generality < 1 or self.locality < 0:
+            raise ValueError(
+                f"queries.generality must be at least 1 and locality at least 0, got {self.generality}, {self.locality}"
+            )
+
+
+class Scored(NamedTuple):
+    """Token ids, and the first of those that a loss is of."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def answer(self) -> list[bool]:
+        return [i >= self.start for i in range(len(self.ids))]
+
+
+def scored(encoded: Encoded, prompt: str) -> Scored:
+    """The answer's tokens are scored; of free text, which has no prompt, those after its first half or 12 tokens."""
+    start = encoded.target_start if prompt else min(len(encoded.ids) // 2, 12)
+    return Scored(encoded.ids, max(start, 1))  # nothing predicts the first token
+
+
+def encode_edit(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> Scored:
+    """The tokens of an edit. Its gradient is that of the target after the prompt, or of a text's later part."""
+    if request.target:
+        return scored(encode(tokenizer, request.prompt, request.target), request.prompt)
+    return scored(encode(tokenizer, "", request.statement), "")
+
+
+class _Row(NamedTuple):
+    tokens: Scored
+    pool: int
+    in_scope: bool
+
+
+class EditCollator:
+    """Slots to an EditBatch. The draw of a slot's queries depends on its own seed and its micro-batch alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EditQueries) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def fits(self, record: EditRecord) -> bool:
+        """Whether a record is short enough to train on, its edit has a token to predict, and it asks anything."""
+        edit = encode_edit(self.tokenizer, record.request)
+        by_kind = queries_by_kind(record)
+        if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
+            return False
+        longest = max(len(encode(self.tokenizer, q.prompt, q.target).ids) for qs in by_kind.values() for q in qs)
+        short = len(edit.ids) <= self.config.max_edit_tokens and longest <= self.config.max_query_tokens
+        return short and edit.start < len(edit.ids)
+
+    def __call__(self, slots: Sequence[Slot]) -> EditBatch:
+        edits: dict[tuple[int, tuple[int, ...]], Scored] = {}  # the same edit twice in a pool is made once
+        rows: list[_Row] = []
+        subjects = subjects_of_pools(slots)
+        for slot in slots:
+            edit = encode_edit(self.tokenizer, slot.record.request)
+            edits[slot.pool, edit.ids] = edit
+            draw = random.Random(slot.seed)
+            for _ in range(self.config.generality):
+                rows.append(self._row(self._changed(draw, slot.record), slot.pool, True))
+            for _ in range(self.config.locality):
+                if query := self._unchanged(draw, slot, slots, subjects[slot.pool]):
+                    rows.append(self._row(query, slot.pool, False))
+        return self._tensors(list(edits.values()), [pool for pool, _ in edits], rows, [s.record.id for s in slots])
+
+    def _row(self, query: Query, pool: int, in_scope: bool) -> _Row:
+        return _Row(scored(encode(self.tokenizer, query.prompt, query.target), query.prompt), pool, in_scope)
+
+    def _changed(self, draw: random.Random, record: EditRecord) -> Query:
+        options = queries_by_kind(record)
+        kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
+        # a record that has none of the wanted kinds is asked what it has, the edit itself before all
+        other: Kind = next(k for k in options if options[k])
+        kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else other
+        return draw.choice(options[kind])
+
+    def _unchanged(self, draw: random.Random, slot: Slot, slots: Sequence[Slot], subjects: set[str]) -> Query | None:
+        """A query that speaks of no subject of the pool, as far as subjects are known."""
+        own = slot.record.request.subject
+        near = [q for qs in slot.record.locality.values() for q in qs] if self.config.locality_from == "record" else []
+        near = [q for q in near if not any(s in q.prompt for s in subjects if s != own)]
+        if near:
+            return draw.choice(near)
+        others = [s.record.request for s in slots if s.pool != slot.pool and s.record.request.target]
+        others = [r for r in others if not any(s in r.prompt for s in subjects)]
+        return Query((other := draw.choice(others)).prompt, (other.target,)) if others else None
+
+    def _tensors(
+        self, edits: Sequence[Scored], edit_pool: Sequence[int], rows: Sequence[_Row], records: list[str]
+    ) -> EditBatch:
+        pools = sorted(set(edit_pool))
+        number = {pool: i for i, pool in enumerate(pools)}
+        ids, mask, answer = padded(self.tokenizer, edits)
+        queries, queries_mask, queries_answer = padded(self.tokenizer, [row.tokens for row in rows])
+        return EditBatch(
+            edits=ids,
+            edits_mask=mask,
+            edits_answer=answer,
+            edit_pool=torch.tensor([number[pool] for pool in edit_pool]),
+            queries=queries,
+            queries_mask=queries_mask,
+            queries_answer=queries_answer,
+            query_pool=torch.tensor([number[row.pool] for row in rows]),
+            in_scope=torch.tensor([row.in_scope for row in rows]),
+            pools=len(pools),
+            records=records,
+        )
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and answer [R, T], right-padded."""
+    ids, mask = pad([row.ids for row in rows], pad_id(tokenizer))
+    return ids, mask, pad([row.answer for row in rows], 0)[0].bool()

@@ -1,0 +1,109 @@
+"""What records become in training: edits, and what is asked of each."""
+
+import pickle
+
+import pytest
+import torch
+
+from datamodules.records import EditRecord, EditRequest, Query
+from datamodules.schedule import Slot
+from modules.byte_tokenizer import byte_tokenizer
+from modules.hypernetwork.batch import EditBatch, EditCollator, EditQueries, encode_edit
+
+TOKENIZER = byte_tokenizer()
+
+
+def collate(records: list[EditRecord], pools: list[int] | None = None, **config) -> EditBatch:
+    slots = [Slot(r, p, 7 + i) for i, (r, p) in enumerate(zip(records, pools or range(len(records)), strict=True))]
+    return EditCollator(TOKENIZER, EditQueries(**config))(slots)
+
+
+def texts(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    return [TOKENIZER.decode(row[m.bool()], skip_special_tokens=True) for row, m in zip(ids, mask, strict=True)]
+
+
+def test_every_record_gives_an_edit_a_rephrase_and_a_neighbour(records: list[EditRecord]) -> None:
+    batch = collate(records)
+    assert texts(batch.edits, batch.edits_mask) == [f"City {s} is in Land {i}" for i, s in enumerate("ABCD")]
+    assert texts(batch.edits, batch.edits_answer) == [f"Land {i}" for i in range(4)]
+    asked = texts(batch.queries, batch.queries_mask)
+    assert batch.in_scope.tolist() == [True, False] * 4
+    assert batch.query_pool.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for i, record in enumerate(records):
+        assert asked[2 * i] in [f"{q.prompt} {q.target}" for q in record.rephrases]
+        assert asked[2 * i + 1] == f"Village {'ABCD'[i]} is in Peru"
+    assert texts(batch.queries, batch.queries_answer)[:2] == ["Land 0", "Peru"]
+    assert batch.records == [r.id for r in records]
+    assert batch.visible.sum(1).tolist() == [1] * 8
+
+
+def test_batch_and_collator_are_sent_between_processes(records: list[EditRecord]) -> None:
+    slots = [Slot(r, i, 7 + i) for i, r in enumerate(records)]
+    collator = EditCollator(TOKENIZER, EditQueries())
+    batch, other = collator(slots), pickle.loads(pickle.dumps(collator))(slots)
+    assert torch.equal(batch.queries, pickle.loads(pickle.dumps(other)).queries)
+
+
+@pytest.mark.parametrize(("rates", "wanted"), [({"request": 1.0}, "is in"), ({"portability": 1.0}, "The flag over")])
+def test_the_prompt_itself_or_what_follows_from_it(records: list[EditRecord], rates, wanted: str) -> None:
+    batch = collate(records, rates=rates, generality=2, locality=0)
+    assert batch.in_scope.all()
+    assert len(batch.queries) == 8
+    assert all(wanted in text for text in texts(batch.queries, batch.queries_mask))
+
+
+def test_others_edits_as_locality(records: list[EditRecord]) -> None:
+    batch = collate(records, locality_from="others")
+    asked = texts(batch.queries, batch.queries_mask)[1::2]
+    edits = texts(batch.edits, batch.edits_mask)
+    assert all(text in edits and text != edits[i] for i, text in enumerate(asked))
+    alone = collate(records[:1], locality_from="others")
+    assert alone.in_scope.tolist() == [True]
+
+
+def test_pools_and_repeated_edits(records: list[EditRecord]) -> None:
+    batch = collate([*records, records[0]], [3, 3, 8, 8, 3])
+    assert batch.pools == 2
+    assert batch.edit_pool.tolist() == [0, 0, 1, 1]
+    assert batch.visible.sum(1).tolist() == [2] * 10
+    assert len(batch) == 5
+
+
+def test_a_query_about_another_edit_of_the_pool_is_not_local(records: list[EditRecord]) -> None:
+    near = EditRecord("n", records[0].requests, locality={"near": (Query("The river through City B is", ("Po",)),)})
+    alone, together = collate([near, records[1]], [0, 1]), collate([near, records[1]], [0, 0])
+    assert "The river through City B is Po" in texts(alone.queries, alone.queries_mask)
+    assert "The river through City B is Po" not in texts(together.queries, together.queries_mask)
+
+
+def test_free_text_is_predicted_from_its_middle() -> None:
+    edit = encode_edit(TOKENIZER, EditRequest(text="Peru"))
+    assert edit.start == 2 == len(edit.ids) - 2
+    long = encode_edit(TOKENIZER, EditRequest(text="The capital of Norway is Lima."))
+    assert long.start == 12
+
+
+def test_what_fits(records: list[EditRecord]) -> None:
+    def fits(record: EditRecord, **config: int) -> bool:
+        return EditCollator(TOKENIZER, EditQueries(**config)).fits(record)
+
+    assert fits(records[0])
+    assert not fits(records[0], max_edit_tokens=10)
+    assert not fits(records[0], max_query_tokens=20)
+    assert not fits(EditRecord("x", (EditRequest(text="A"),), rephrases=records[0].rephrases))
+    assert not fits(EditRecord("x", (EditRequest(text="A statement."),)))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"rates": {"locality": 1.0}}, "rates"),
+        ({"rates": {"rephrase": -1.0}}, "rates"),
+        ({"rates": {}}, "rates"),
+        ({"generality": 0}, "generality"),
+        ({"locality": -1}, "locality"),
+    ],
+)
+def test_wrong_settings_are_named(config, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"queries\.{named}" if named != "locality" else named):
+        EditQueries(**config)

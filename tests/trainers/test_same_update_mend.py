@@ -1,0 +1,72 @@
+"""MEND's hypernetwork and its statistics are the same however a job is spread: the tiny config, 8 steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import ONE, TWO, perform, together, zero
+
+STEPS = 8
+POOLS = ["--data.init_args.pool_rates=[2, 1, 1]"]  # of 2, 4 and 8 edits
+SINGLE = ["--data.init_args.pool_sizes=[1]", "--data.init_args.pool_rates=[1]"]
+# the backbone in shards, layers above the edited ones that are run again, validations between
+SHARDS = zero(3, "--trainer.strategy.init_args.partition_teacher=true")
+HARDER = ["--trainer.val_check_interval=4", "--model.init_args.gradient_checkpointing=true"]
+SPREADS: dict[str, list[str]] = {
+    "ddp": [*TWO, "--trainer.strategy=ddp", *SINGLE],
+    "zero2": [*TWO, *zero(2), *SINGLE],
+    "zero2-pools": [*TWO, *zero(2), *POOLS],
+    "zero3": [*TWO, *zero(3), *SINGLE],
+    "zero3-backbone": [*TWO, *SHARDS, *HARDER, *SINGLE],
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def task(name: str, args: list[str], **more: Any) -> dict[str, Any]:
+    return {"name": name, "args": args, "steps": STEPS, "config": "mend_tiny", **more}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+    found = together(folder, [task(name, args) for name, args in SPREADS.items()])
+    alone = [task("one", [*ONE, *SINGLE]), task("one-pools", [*ONE, *POOLS])]
+    return found | {run["name"]: perform(run, folder) for run in alone}
+
+
+@pytest.mark.parametrize("spread", list(SPREADS))
+def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], spread: str) -> None:
+    one, two = runs["one-pools" if spread.endswith("pools") else "one"], runs[spread]
+    halves = one["losses"]
+    assert len(two["losses"]) == STEPS
+    expected = [(a + b) / 2 for a, b in zip(halves[::2], halves[1::2], strict=True)]
+    assert two["losses"] == pytest.approx(expected, rel=1e-5)
+    assert two["params"].keys() == one["params"].keys()
+    assert not any("backbone" in name or "statistics" in name for name in one["params"])
+    # Adam makes a step of 1e-4 of the smallest gradient: where that is but rounding, an element may go another way
+    for name, tensor in one["params"].items():
+        difference = (two["params"][name] - tensor).abs()
+        assert difference.max() < 4e-4, name
+        assert (difference > 1e-5).float().mean() < 0.005, name
+    for name, tensor in one["buffers"].items():
+        torch.testing.assert_close(
+            two["buffers"][name], tensor, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_training_moved_what_it_trains(runs: dict[str, Any]) -> None:
+    """The comparison above would hold for runs that do nothing."""
+    one, pools = runs["one"], runs["one-pools"]
+    assert all(t.abs().max() > 0 for n, t in one["params"].items() if n.endswith((".up", ".bias")))  # zero at the start
+    assert pools["losses"] != one["losses"]
+    count = one["buffers"]["model.network.statistics.64x128.count"]
+    assert count > 8 * 16 * 2 * 3  # steps, records, matrices of that shape, tokens
+    assert len(one["buffers"]) == 6
+
+
+def test_ranks_see_disjoint_records_of_equal_number(runs: dict[str, Any]) -> None:
+    first, second = runs["zero2"]["records"]
+    assert [len(step) for step in first] == [len(step) for step in second] == [8] * STEPS
+    (alone,) = runs["one"]["records"]
+    together_ = [set(a) | set(b) for a, b in zip(first, second, strict=True)]
+    assert together_ == [set(a) | set(b) for a, b in zip(alone[::2], alone[1::2], strict=True)]
