@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -92,8 +91,14 @@ def train(runs: list[list[str]]) -> None:
     for args in runs:
         cli = TrainingCLI(args)
         cli.trainer.fit(cli.model, cli.datamodule)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peaks.append(peak())
     print(json.dumps([after - before for before, after in itertools.pairwise(peaks)]))
+
+
+def peak() -> int:
+    """Bytes of this process's resident set at its peak. (`ru_maxrss` would begin at that of the process it is from.)"""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(runs: list[list[str]], returned: bool = False) -> list[int]:
