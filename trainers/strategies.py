@@ -95,7 +95,7 @@ class Zero(DeepSpeedStrategy):
         self.partition_teacher = partition_teacher
         self.gather_for_validation = gather_for_validation
         assert isinstance(self.config, dict)
-        # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled
+        # torch's AdamW steps on the host too; DeepSpeed's own would have to be compiled
         self.config["zero_force_ds_cpu_optimizer"] = False
         self.config["zero_optimization"] |= {"stage3_param_persistence_threshold": persistence_threshold}
         self._held: list[Any] = []  # engines of frozen models

@@ -334,12 +334,8 @@ class GradientEditor(L.LightningModule):
         rates = network.rates()
         others = [p for p in network.parameters() if not any(p is r for r in rates)]
         groups = [{"params": others, "lr": config.lr}, {"params": rates, "lr": config.rates_lr}]
-        # fused steps fast on the host, where DeepSpeed may offload to, but Lightning's mixed precision cannot clip it
-        fused = self._trainer is not None and hasattr(self._trainer.strategy, "hold")
         # without weight decay AdamW is Adam
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=config.betas, weight_decay=0.0, fused=fused
-        )
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -377,10 +377,8 @@ class InComeS(L.LightningModule):
         language = [p for n, p in trained.items() if not n.startswith(("selectors.", "matcher."))]
         selection_lr = config.lr if config.selection_lr is None else config.selection_lr
         groups = [{"params": language, "lr": config.lr}, {"params": selection, "lr": selection_lr}]
-        # fused steps fast on the host, where DeepSpeed may offload to, but Lightning's mixed precision cannot clip it
-        fused = self._trainer is not None and hasattr(self._trainer.strategy, "hold")
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay, fused=fused
+            [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay
         )
         steps = config.decay_steps or self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.share(step, int(steps)))
