@@ -103,12 +103,14 @@ class HyperOptimizer:
     Args:
         lr: of the hypernetwork.
         rates_lr: of the step sizes of edits, which are learned too.
+        eps: added to the root of the second moment.
         warmup_steps: in optimizer steps.
     """
 
     lr: float = 1e-6
     rates_lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -335,7 +337,9 @@ class GradientEditor(L.LightningModule):
         others = [p for p in network.parameters() if not any(p is r for r in rates)]
         groups = [{"params": others, "lr": config.lr}, {"params": rates, "lr": config.rates_lr}]
         # without weight decay AdamW is Adam
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], betas=config.betas, eps=config.eps, weight_decay=0.0
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

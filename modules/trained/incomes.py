@@ -77,6 +77,7 @@ class OptimizerConfig:
         lr: peak rate of the language model's parameters and the gist token.
         selection_lr: peak rate of selection; `lr` where None. 0 leaves selection as it was calibrated.
         min_lr_share: the floor, as a share of the peak.
+        eps: added to the root of the second moment: an element whose gradients are not far above it moves little.
         warmup_steps, decay_steps: in optimizer steps; decay_steps None: the trainer's max_steps.
     """
 
@@ -84,6 +85,7 @@ class OptimizerConfig:
     selection_lr: float | None = None
     min_lr_share: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 300
     decay_steps: int | None = None
@@ -378,7 +380,7 @@ class InComeS(L.LightningModule):
         selection_lr = config.lr if config.selection_lr is None else config.selection_lr
         groups = [{"params": language, "lr": config.lr}, {"params": selection, "lr": selection_lr}]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=config.betas, weight_decay=config.weight_decay
+            [g for g in groups if g["params"]], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         steps = config.decay_steps or self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.share(step, int(steps)))

@@ -148,7 +148,7 @@ def test_without_deepspeed_everything_is_everywhere() -> None:
     one, eight = state(made(4), Sharding(), 1), state(made(4), Sharding(), 8)
     assert one.always == {"weights": 4000, "optimizer": 2 * 3200, "teacher": 2000}
     assert eight.always == one.always | {"buckets": 3200}  # DDP's
-    assert one.in_update == {"gradients": 3200}
+    assert one.in_update == {"gradients": 3200, "update": 3200}
 
 
 def test_accumulation_holds_gradients_twice() -> None:

@@ -45,10 +45,11 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
     | weights | all | all | all | all / W, and up to `max_live` gathered |
     | gradients | e P (counted with the step) | e P | e P / W, twice with accumulation | e P / W |
     | optimizer | 2 e P | 12 P / W | 12 P / W | 12 P / W, 8 P / W where e is 4 |
-    | update | 0 | (e + 4) P / W, 4 P / W where e is 4 | the same | the same |
+    | update | e P | (e + 4) P / W, 4 P / W where e is 4 | the same | the same |
     | buckets | e P (DDP) | 2 or 3 buckets | 2 or 3 buckets | 2 buckets |
 
-    12 bytes are a 32-bit copy of the weights and Adam's two moments; torch's fused AdamW needs no more while it steps.
+    12 bytes are a 32-bit copy of the weights and Adam's two moments; torch's fused AdamW needs no more while it steps,
+    the other one, without DeepSpeed, a square root of all second moments.
     A bucket is `reduce_bucket_size` elements; one more than the buckets that fill is the copy that is sent.
     `allgather_bucket_size` costs nothing: DeepSpeed 0.19 gathers into the weights themselves. With `offload_optimizer`
     optimizer states and gradients are the host's: there 16 + e bytes a trained parameter / W, and on the GPU one
@@ -59,7 +60,7 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
     if sharding.stage is None:
         always = {"weights": counts.bytes, "optimizer": 2 * counts.trained_bytes, "teacher": counts.teacher_bytes}
         always |= {"buckets": counts.trained_bytes} if w > 1 else {}
-        return State(always, {}, {"gradients": counts.trained_bytes}, {}, {})
+        return State(always, {}, {"gradients": counts.trained_bytes, "update": counts.trained_bytes}, {}, {})
     third = sharding.stage == 3
     gradients = e * p if sharding.stage == 1 else -(-e * p // w)
     states = (8 if third and e == 4 else 12) * p // w
