@@ -3,8 +3,8 @@
 The folder holds, as safetensors and JSON alone:
 
     editor.json                                        which editor it is, backbone, switches, data, versions, metrics
-    editor.safetensors                                 what was trained: a hypernetwork (MEND); gist token, selection,
-                                                       encoder (InComeS)
+    editor.safetensors                                 what was trained: a hypernetwork (MEND, IBKE); gist token,
+                                                       selection, encoder (InComeS)
 
 and of InComeS
 
@@ -31,6 +31,7 @@ from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig
 from modules.hypernetwork.editor import DeltaEditor
 from modules.hypernetwork.module import EditedLayers, GradientEditor
+from modules.trained.ibke import IBKE
 from modules.trained.incomes import InComeS, LoraOptions
 from modules.trained.mend import MEND
 
@@ -183,7 +184,7 @@ def _fill_gists(module: InComeS, folder: Path) -> None:
     model.requires_grad_(False).eval()
 
 
-MODULES: dict[str, type[L.LightningModule]] = {"incomes": InComeS, MEND.method: MEND}
+MODULES: dict[str, type[L.LightningModule]] = {"incomes": InComeS, MEND.method: MEND, IBKE.method: IBKE}
 GISTS = Kind(_write_gists, _build_gists, _fill_gists)
 NETWORK = Kind(_write_network, _build_network, _fill_network)
 

@@ -25,6 +25,7 @@ class EditBatch:
     Args:
         edits, edits_mask, edits_answer: [N, T], right-padded, and the tokens that an edit's own loss is of.
         edit_pool: the pool of each edit [N].
+        edit_seed: for what training draws of each edit [N]: a function of its record and place, not of the rank.
         queries, queries_mask, queries_answer: [B, T], right-padded, and the tokens that are the answer.
         query_pool: the pool that each query is asked of [B].
         in_scope: queries that the edit is to change [B]; the others it must leave alone.
@@ -36,6 +37,7 @@ class EditBatch:
     edits_mask: Tensor
     edits_answer: Tensor
     edit_pool: Tensor
+    edit_seed: Tensor
     queries: Tensor
     queries_mask: Tensor
     queries_answer: Tensor
@@ -146,19 +148,20 @@ class EditCollator:
         return short and edit.start < len(edit.ids)
 
     def __call__(self, slots: Sequence[Slot]) -> EditBatch:
-        edits: dict[tuple[int, tuple[int, ...]], Scored] = {}  # the same edit twice in a pool is made once
+        edits: dict[tuple[int, tuple[int, ...]], tuple[Scored, int]] = {}  # the same edit twice in a pool is made once
         rows: list[_Row] = []
         subjects = subjects_of_pools(slots)
         for slot in slots:
             edit = encode_edit(self.tokenizer, slot.record.request)
-            edits[slot.pool, edit.ids] = edit
+            edits.setdefault((slot.pool, edit.ids), (edit, slot.seed))
             draw = random.Random(slot.seed)
             for _ in range(self.config.generality):
                 rows.append(self._row(self._changed(draw, slot.record), slot.pool, True))
             for _ in range(self.config.locality):
                 if query := self._unchanged(draw, slot, slots, subjects[slot.pool]):
                     rows.append(self._row(query, slot.pool, False))
-        return self._tensors(list(edits.values()), [pool for pool, _ in edits], rows, [s.record.id for s in slots])
+        pools, (made, seeds) = [pool for pool, _ in edits], zip(*edits.values(), strict=True)
+        return self._tensors(made, pools, seeds, rows, [s.record.id for s in slots])
 
     def _row(self, query: Query, pool: int, in_scope: bool) -> _Row:
         return _Row(scored(encode(self.tokenizer, query.prompt, query.target), query.prompt), pool, in_scope)
@@ -183,7 +186,12 @@ class EditCollator:
         return Query((other := draw.choice(others)).prompt, (other.target,)) if others else None
 
     def _tensors(
-        self, edits: Sequence[Scored], edit_pool: Sequence[int], rows: Sequence[_Row], records: list[str]
+        self,
+        edits: Sequence[Scored],
+        edit_pool: Sequence[int],
+        edit_seed: Sequence[int],
+        rows: Sequence[_Row],
+        records: list[str],
     ) -> EditBatch:
         pools = sorted(set(edit_pool))
         number = {pool: i for i, pool in enumerate(pools)}
@@ -194,6 +202,7 @@ class EditCollator:
             edits_mask=mask,
             edits_answer=answer,
             edit_pool=torch.tensor([number[pool] for pool in edit_pool]),
+            edit_seed=torch.tensor(edit_seed),
             queries=queries,
             queries_mask=queries_mask,
             queries_answer=queries_answer,

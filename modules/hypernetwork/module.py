@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
-from modules.backbone import Backbone, BackboneConfig, load_backbone, load_tokenizer
+from modules.backbone import Backbone, BackboneConfig, Parts, load_backbone, load_tokenizer
 from modules.editor import Edited
 from modules.evaluation import Answers, evaluate_pool
 from modules.gradients import answer_loss, gradient_factors
@@ -48,14 +48,17 @@ class EditedLayers:
 
     Args:
         layers: numbers of decoder layers; negative ones count from the last.
-        modules: names of linear layers within a layer, such as mlp.down_proj; by default all of the MLP.
+        modules: names of linear layers within a layer, such as mlp.down_proj; by default the method's own choice.
     """
 
     layers: list[int] = field(default_factory=lambda: [-3, -2, -1])
     modules: list[str] | None = None
 
-    def names(self, backbone: Backbone) -> list[str]:
+    def names(self, backbone: Backbone, default: Sequence[str]) -> list[str]:
         """Their names in the model.
+
+        Args:
+            default: `modules` where none are given.
 
         Raises:
             ValueError: for a layer that the model does not have.
@@ -64,7 +67,7 @@ class EditedLayers:
         wrong = [i for i in self.layers if not -count <= i < count]
         if wrong or not self.layers:
             raise ValueError(f"layers.layers must be among 0 to {count - 1} (or -{count} to -1), got {self.layers}")
-        within = self.modules or backbone.parts.mlp
+        within = self.modules or default
         numbers = dict.fromkeys(i % count for i in self.layers)
         return [f"{backbone.parts.layers}.{i}.{name}" for i in numbers for name in within]
 
@@ -188,6 +191,10 @@ class GradientEditor(L.LightningModule):
             KeyError, TypeError, ValueError: for settings that `settings` did not give.
         """
 
+    def edited_modules(self, parts: Parts) -> Sequence[str]:
+        """What is edited of a layer where `layers.modules` is not given."""
+        return parts.mlp
+
     # ------------------------------------------------------------------ building
 
     @cached_property
@@ -224,7 +231,8 @@ class GradientEditor(L.LightningModule):
         if self.model is not None:
             return
         backbone = load_backbone(self.backbone_config, self.tokenizer)
-        shapes = {name: shape(backbone.model, name) for name in self.layers.names(backbone)}
+        default = self.edited_modules(backbone.parts)
+        shapes = {name: shape(backbone.model, name) for name in self.layers.names(backbone, default)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = DeltaModel(backbone, self.network(shapes))
@@ -271,7 +279,7 @@ class GradientEditor(L.LightningModule):
         model.network.commit(ranks=False)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        parts = self.losses(batch, observe=True)
+        parts = self.losses(batch, training=True)
         # an epoch, and a resumed run, begins with the first micro-batch of an optimizer step
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self.deltas.network.commit()
@@ -279,18 +287,19 @@ class GradientEditor(L.LightningModule):
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
         return parts["loss"]
 
-    def losses(self, batch: EditBatch, observe: bool = False) -> dict[str, Tensor]:
+    def losses(self, batch: EditBatch, training: bool = False) -> dict[str, Tensor]:
         """The loss and its parts for one micro-batch.
 
         Args:
-            observe: let this batch's factors count in the running statistics, from the end of the step on.
+            training: let this batch's factors count in the running statistics, from the end of the step on, and draw
+                what is random in training.
         """
         config, model = self.loss, self.deltas
         backbone, network = model.backbone, model.network
         factors, _ = self._factors(batch)
-        if observe:
+        if training:
             network.observe(factors)
-        deltas, penalties = network(factors)
+        deltas, penalties = network(factors, batch.edit_seed if training else None)
         terms = {name: d.term(batch.pools, batch.edit_pool)[batch.query_pool] for name, d in deltas.items()}
         with low_rank(backbone.model, terms):
             hidden = self._states(batch.queries, batch.queries_mask)  # [B, T, d]
@@ -303,7 +312,8 @@ class GradientEditor(L.LightningModule):
             kl = self._locality(batch, hidden[~inside])
             parts["locality"] = kl.sum() / (records * self.queries.locality)
             loss = loss + config.locality_weight * parts["locality"]
-        return {"loss": loss + sum(penalties.values()), **parts, **penalties}
+        parts |= {name: of_edits.sum() / records for name, of_edits in penalties.items()}
+        return {"loss": loss + sum(parts[name] for name in penalties), **parts}
 
     def _factors(self, batch: EditBatch) -> tuple[Any, Tensor]:
         model = self.deltas

@@ -32,14 +32,22 @@ class Hypernetwork(nn.Module, ABC):
         widths = {self.key[n]: sum(s) for n, s in self.shapes.items()}
         self.statistics = nn.ModuleDict({k: RunningStatistics(w) for k, w in widths.items()} if normalise else {})
 
-    def forward(self, factors: Mapping[str, Factors]) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
-        """The edits by layer, and terms of the training loss by name: weighted already, means over edits."""
+    def forward(
+        self, factors: Mapping[str, Factors], seeds: Tensor | None = None
+    ) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
+        """The edits by layer, and terms of the training loss by name: of each edit [edits], weighted already.
+
+        Args:
+            seeds: one for each edit, for whatever training draws; None: nothing is drawn.
+        """
         device = next(iter(factors.values())).h.device
         with torch.autocast(device.type, enabled=False):
-            return self.transform(factors)
+            return self.transform(factors, seeds)
 
     @abstractmethod
-    def transform(self, factors: Mapping[str, Factors]) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
+    def transform(
+        self, factors: Mapping[str, Factors], seeds: Tensor | None
+    ) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
         """What `forward` returns, outside of any autocast."""
 
     def rates(self) -> list[nn.Parameter]:

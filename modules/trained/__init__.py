@@ -1,6 +1,7 @@
 """Editors that are trained: one LightningModule each."""
 
+from modules.trained.ibke import IBKE
 from modules.trained.incomes import InComeS
 from modules.trained.mend import MEND
 
-__all__ = ["MEND", "InComeS"]
+__all__ = ["IBKE", "MEND", "InComeS"]

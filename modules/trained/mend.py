@@ -99,7 +99,9 @@ class MendNetwork(Hypernetwork):
     def rates(self) -> list[nn.Parameter]:
         return [self.edit_lr]
 
-    def transform(self, factors: Mapping[str, Factors]) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
+    def transform(
+        self, factors: Mapping[str, Factors], seeds: Tensor | None
+    ) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
         deltas = {}
         for i, name in enumerate(self.shapes):
             x, edit = self.normalised(name, factors[name])
