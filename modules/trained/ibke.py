@@ -35,6 +35,8 @@ class IbkeConfig:
         token_scale: off, all tokens count alike (figure 4, -SF).
         scaled_attention: divide attention's scores by the root of d_m; the paper's formula does not.
         normalise: give it features in units of their running deviations, as MEND does; not said in the paper.
+        log_variance_bound: log-variances are squashed to below it, smoothly. A single token with extreme activations
+            costs e to the power of hundreds else; not said in the paper.
         edit_lr: where the learned step sizes start; not given in the paper.
     """
 
@@ -45,13 +47,14 @@ class IbkeConfig:
     token_scale: bool = True
     scaled_attention: bool = True
     normalise: bool = True
+    log_variance_bound: float = 4.0
     edit_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.latents < 1 or self.width < 1 or self.beta < 0:
+        if self.latents < 1 or self.width < 1 or self.beta < 0 or self.log_variance_bound <= 0:
             raise ValueError(
-                "model.ibke.latents and width must be at least 1 and beta not negative, got "
-                f"{self.latents}, {self.width}, {self.beta}"
+                "model.ibke.latents and width must be at least 1, beta not negative and log_variance_bound positive, "
+                f"got {self.latents}, {self.width}, {self.beta}, {self.log_variance_bound}"
             )
 
 
@@ -111,6 +114,7 @@ class Bottleneck(nn.Module):
     def __init__(self, width: int, config: IbkeConfig) -> None:
         super().__init__()
         d, scaled = config.width, config.scaled_attention
+        self.bound = config.log_variance_bound
         self.latents = nn.Parameter(torch.randn(config.latents, d))  # ζ
         self.mean = CrossAttention(d, width, d, scaled)
         self.log_variance = CrossAttention(d, width, d, scaled) if config.bottleneck else None
@@ -124,7 +128,9 @@ class Bottleneck(nn.Module):
         """s [B, T, w], mask [B, T], noise [B, l_m, d_m] (None: the mean is taken)."""
         latents = self.latents[None]
         mean = self.mean(latents, s, mask)  # equation 26
-        log_variance = self.log_variance(latents, s, mask) if self.log_variance is not None else None
+        log_variance = None
+        if self.log_variance is not None:
+            log_variance = self.bound * (self.log_variance(latents, s, mask) / self.bound).tanh()
         z = mean
         if log_variance is not None and noise is not None:
             z = mean + (log_variance / 2).exp() * noise  # equation 30

@@ -82,6 +82,7 @@ def test_both_stages_as_the_paper_writes_them(scaled: bool) -> None:
     for b, length in enumerate((4, 2)):
         one = s[b, :length]
         mean, log_variance = attend(net.mean, net.latents, one), attend(net.log_variance, net.latents, one)
+        log_variance = 4 * torch.tanh(log_variance / 4)
         z = mean + torch.exp(log_variance).sqrt() * noise[b]
         read = attend(net.read, one, z)
         scale = torch.sigmoid(read @ net.scale.weight.T + net.scale.bias)  # type: ignore[union-attr]
@@ -304,6 +305,6 @@ def test_export_and_back(build: Callable[..., IBKE], records: list[EditRecord], 
 
 
 def test_wrong_settings_are_named() -> None:
-    for wrong in ({"latents": 0}, {"width": 0}, {"beta": -1.0}):
+    for wrong in ({"latents": 0}, {"width": 0}, {"beta": -1.0}, {"log_variance_bound": 0.0}):
         with pytest.raises(ValueError, match=rf"model\.ibke\.latents and width.*{next(iter(wrong.values()))}"):
             IbkeConfig(**wrong)
