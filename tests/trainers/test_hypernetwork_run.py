@@ -1,6 +1,6 @@
-"""MEND from its tiny config: a golden curve, a resumed run that is the uninterrupted one, stopping early, the commands.
+"""MEND and IBKE from their tiny configs: golden curves, resumed runs, stopping early, the commands.
 
-A change that is meant to move the curve: PALIMPSEST_UPDATE_GOLDEN=1 pytest tests/trainers/test_mend_run.py
+A change that is meant to move a curve: PALIMPSEST_UPDATE_GOLDEN=1 pytest tests/trainers/test_hypernetwork_run.py
 """
 
 import json
@@ -21,7 +21,8 @@ from trainers.cli import TrainingCLI, parse
 from trainers.command import run as command
 from trainers.edit import edit
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mend_tiny.json"
+GOLDEN = Path(__file__).parents[1] / "golden"
+CONFIGS = ["mend_tiny", "ibke_tiny"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -34,9 +35,11 @@ class Watch(L.Callback):
         self.seen.append((batch.records, losses))
 
 
-def run(folder: Path, steps: int, checkpoint: str | None = None, *more: str) -> tuple[TrainingCLI, Watch]:
+def run(
+    folder: Path, steps: int, checkpoint: str | None = None, *more: str, config: str = "mend_tiny"
+) -> tuple[TrainingCLI, Watch]:
     quiet = [f"--trainer.{what}=false" for what in ("enable_progress_bar", "enable_model_summary")]
-    args = ["--config=mend_tiny", f"--run_dir={folder}", f"--trainer.max_steps={steps}", *quiet, *more]
+    args = [f"--config={config}", f"--run_dir={folder}", f"--trainer.max_steps={steps}", *quiet, *more]
     cli = TrainingCLI([*args, "--trainer.num_sanity_val_steps=0"])
     watch = Watch()
     cli.trainer.callbacks.insert(0, watch)
@@ -44,14 +47,15 @@ def run(folder: Path, steps: int, checkpoint: str | None = None, *more: str) -> 
     return cli, watch
 
 
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", CONFIGS)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, config: str) -> None:
     more = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--checkpoint.monitor=null"]
     more += ["--checkpoint.mode=max", "--trainer.callbacks=[]"]
-    whole, seen = run(tmp_path / "whole", 6, None, *more)
-    _, before = run(tmp_path / "part", 3, None, *more)
+    whole, seen = run(tmp_path / "whole", 6, None, *more, config=config)
+    _, before = run(tmp_path / "part", 3, None, *more, config=config)
     saved = tmp_path / "part" / "checkpoints" / "step3.ckpt"
     names = dict(tensors(saved)).keys()
-    resumed, after = run(tmp_path / "part", 6, str(saved), *more)
+    resumed, after = run(tmp_path / "part", 6, str(saved), *more, config=config)
     assert before.seen + after.seen == seen.seen
     assert len(seen.seen) == 12
     one, two = (dict(cli.model.state_dict()) for cli in (whole, resumed))
@@ -61,12 +65,13 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
-def test_golden_curve(tmp_path: Path) -> None:
-    _, watch = run(tmp_path, 20)
-    losses = [losses["train/loss"] for _, losses in watch.seen]
+@pytest.mark.parametrize("config", CONFIGS)
+def test_golden_curve(tmp_path: Path, config: str) -> None:
+    _, watch = run(tmp_path, 20, None, "--trainer.callbacks=[]", "--checkpoint.monitor=null", config=config)
+    losses, file = [losses["train/loss"] for _, losses in watch.seen], GOLDEN / f"{config}.json"
     if os.environ.get("PALIMPSEST_UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps({"train/loss": losses}, indent=1) + "\n", encoding="utf-8")
-    assert losses == pytest.approx(json.loads(GOLDEN.read_text(encoding="utf-8"))["train/loss"], rel=1e-4)
+        file.write_text(json.dumps({"train/loss": losses}, indent=1) + "\n", encoding="utf-8")
+    assert losses == pytest.approx(json.loads(file.read_text(encoding="utf-8"))["train/loss"], rel=1e-4)
 
 
 def test_training_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
@@ -82,15 +87,18 @@ def test_training_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
     assert "val/reliability/token_accuracy" in cli.trainer.callback_metrics
 
 
-def test_callbacks_that_edit_leave_training_as_it_is(tmp_path: Path) -> None:
-    names = ("GradNorm", "Throughput", "PoolSizes", "SampleEdits", "FinalEvaluation")
-    more = [f"--trainer.callbacks+=trainers.callbacks.{name}" for name in names]
+@pytest.mark.parametrize(("config", "own"), [("mend_tiny", ()), ("ibke_tiny", ("BottleneckFigures",))])
+def test_callbacks_that_edit_leave_training_as_it_is(tmp_path: Path, config: str, own: tuple[str, ...]) -> None:
+    names = (*own, "GradNorm", "Throughput", "PoolSizes", "SampleEdits", "FinalEvaluation")
+    more = ["--trainer.callbacks=[]", "--checkpoint.monitor=null"]
+    more += [f"--trainer.callbacks+=trainers.callbacks.{name}" for name in names]
     more += ["--trainer.callbacks.pool_sizes=[4]", "--trainer.callbacks.records=4", "--trainer.val_check_interval=2"]
-    _, plain = run(tmp_path / "plain", 4)
-    cli, watched = run(tmp_path / "watched", 4, None, *more)
+    _, plain = run(tmp_path / "plain", 4, config=config)
+    cli, watched = run(tmp_path / "watched", 4, None, *more, config=config)
     assert [losses["train/loss"] for _, losses in watched.seen] == [losses["train/loss"] for _, losses in plain.seen]
     report = json.loads((tmp_path / "watched" / "evaluation.json").read_text())
-    assert {"mend", "mend (untrained)", "unedited"} <= set(report["aggregate"])
+    method = cli.model.method
+    assert {method, f"{method} (untrained)", "unedited"} <= set(report["aggregate"])
     assert not report.get("failures")
     assert cli.trainer.callback_metrics["train/grad_norm"] > 0
     assert cli.trainer.callback_metrics["train/padding_share"] > 0
