@@ -1,8 +1,7 @@
 """IBKE: the gradient of an edit squeezed through an information bottleneck, then made into an edit of weights.
 
-Paper: "An Information-Theoretic Framework for Robust Large Language Model Editing" (Chen et al.), section IV; equations
-have its numbers. Nothing has been released: what the paper leaves open has a default here, and configs/README.md lists
-it. Each edited matrix has a hypernetwork of its own.
+Paper: arXiv 2512.16227 (Chen et al.), section IV; equations have its numbers. Nothing has been released: what the paper
+leaves open has a default here, and configs/README.md lists it. Each edited matrix has a hypernetwork of its own.
 
 B edits, T tokens, n tokens of all edits, w = d_in + d_out, l_m latent tokens of width d_m.
 """
@@ -189,7 +188,7 @@ class IbkeNetwork(Hypernetwork):
 
 
 class IBKE(GradientEditor):
-    """The trained editor of "An Information-Theoretic Framework for Robust Large Language Model Editing".
+    """The trained editor of arXiv 2512.16227.
 
     Args:
         backbone: the language model to edit. It stays as it is loaded, also in precision: bfloat16 halves its memory
