@@ -1,0 +1,115 @@
+"""What BottleneckFigures logs: its numbers against the bottlenecks themselves, its figures, the projector's files."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datamodules.records import EditRecord
+from modules.gradients import gradient_factors
+from modules.hypernetwork.batch import encode_edit, padded
+from modules.hypernetwork.module import EditedLayers
+from modules.trained.ibke import IBKE, IbkeConfig
+from modules.trained.mend import MEND
+from trainers.callbacks.bottleneck_drawing import latents_by_relation, token_scales
+from trainers.callbacks.bottleneck_figures import BottleneckFigures, SeenEdit, look, principal, scalars
+
+
+@pytest.fixture
+def module(tiny_config: Any, records: list[EditRecord]) -> IBKE:
+    module = IBKE(tiny_config(), EditedLayers([1, 2]), IbkeConfig(latents=3, width=8))
+    module.configure_model()
+    module.calibrate(records)
+    return module
+
+
+def test_each_edit_is_looked_at_by_itself(module: IBKE, records: list[EditRecord]) -> None:
+    seen = look(module, records)
+    assert [edit.record.id for edit in seen] == [r.id for r in records]
+    backbone, network = module.deltas.backbone, module.deltas.network
+    row = encode_edit(backbone.tokenizer, records[2].request)
+    factors, _ = gradient_factors(backbone, module.deltas.names, *padded(backbone.tokenizer, [row]))
+    expected, mask = network.look(factors)["model.layers.2.mlp.down_proj"]  # type: ignore[operator]
+    found = seen[2]
+    assert "".join(found.tokens) == backbone.tokenizer.decode(row.ids)
+    torch.testing.assert_close(found.mean["2.mlp.down_proj"], expected.mean[0], rtol=1e-4, atol=1e-5)
+    assert found.information["2.mlp.down_proj"] == pytest.approx(float(expected.information().sum()), rel=1e-3)
+    scale = found.scale["2.mlp.down_proj"]
+    assert scale.isnan().tolist() == (~mask[0]).tolist()
+    assert scale.isnan()[-1]  # the last token predicts nothing
+    torch.testing.assert_close(scale[mask[0]], expected.scale[0][mask[0]], rtol=1e-4, atol=1e-5)
+
+
+def edit_of(record: EditRecord, mean: list[float], nats: float, scale: list[float]) -> SeenEdit:
+    return SeenEdit(record, ["a", "b"], {"0": torch.tensor([mean])}, {"0": nats}, {"0": torch.tensor(scale)})
+
+
+def test_scalars(records: list[EditRecord]) -> None:
+    nan = float("nan")
+    seen = [edit_of(records[0], [0.0, 1.0], 2.0, [0.2, nan]), edit_of(records[1], [1.0, 1.05], 4.0, [0.4, 0.6])]
+    found = scalars(seen)
+    assert found == pytest.approx({"bottleneck/nats/0": 3, "bottleneck/active_units/0": 0.5, "bottleneck/scale/0": 0.4})
+    free = [edit_of(r, [0.0, 0.0], 0.0, [1.0, 1.0]) for r in records[:2]]
+    assert scalars(free) == {"bottleneck/active_units/0": 0.0, "bottleneck/scale/0": 1.0}
+
+
+def test_principal_components_keep_distances() -> None:
+    points = torch.randn(6, 20)
+    torch.testing.assert_close(torch.cdist(principal(points, 50), principal(points, 50)), torch.cdist(points, points))
+    assert principal(points, 2).shape == (6, 2)
+
+
+def test_figures() -> None:
+    scale = {"1": torch.tensor([0.0, 0.5]), "2": torch.tensor([1.0, float("nan")])}
+    figure = token_scales([(["Lyon", " $is_"], scale)] * 3)
+    panel = figure.axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["Lyon", "$is_"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["1", "2"]
+    shown = panel.images[0].get_array()
+    assert shown[:, 0].tolist() == [0.0, 1.0]
+    assert panel.images[0].get_clim() == (0, 1)
+    relations = [f"relation {i}" for i in range(9)] + ["relation 0"]
+    figure = latents_by_relation({"1": torch.randn(10, 5), "2": torch.randn(10, 5)}, relations)
+    groups = figure.axes[0].collections
+    assert [len(g.get_offsets()) for g in groups] == [2, 1, 1, 1, 1, 1, 1, 1, 1]  # type: ignore[arg-type]
+    assert groups[-1].get_label() == "others"
+    for drawn in (token_scales([(["a", "b"], scale)]), figure):
+        drawn.canvas.draw()
+
+
+def test_what_lies_in_the_run_folder(module: IBKE, records: list[EditRecord], tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callback = BottleneckFigures(records=4, examples=2, every_n_validations=2)
+    trainer: Any = L.Trainer(
+        accelerator="cpu", logger=logger, max_steps=1, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.datamodule = type("Data", (), {"validation_records": lambda _: records})()
+    module._trainer = trainer
+    logged: dict[str, float] = {}
+    module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign, assignment]
+    callback.on_validation_epoch_end(trainer, module)
+    assert {name.split("/")[1] for name in logged} == {"nats", "active_units", "scale"}
+    callback.on_validation_epoch_end(trainer, module)  # not looked at: every second one is
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert {name: len(events.Images(name)) for name in events.Tags()["images"]} == {
+        "bottleneck/token_scale": 1,
+        "bottleneck/latents": 1,
+    }
+    (labels, _) = (sorted(tmp_path.rglob("metadata.tsv")), None)
+    assert len(labels) == 2
+    lines = labels[0].read_text().splitlines()
+    assert lines[0] == "relation\tedit"
+    assert [line.split("\t")[1] for line in lines[1:]] == [r.request.statement for r in records]
+    assert "latents/1.mlp.down_proj" in (tmp_path / "projector_config.pbtxt").read_text()
+
+
+def test_other_editors_are_refused(tiny_config: Any) -> None:
+    with pytest.raises(TypeError, match="MEND has no bottlenecks; take BottleneckFigures out"):
+        BottleneckFigures().setup(None, MEND(tiny_config()), "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="records must be at least 2"):
+        BottleneckFigures(records=1)
