@@ -32,7 +32,8 @@ from modules.gist.model import GistConfig
 from modules.hypernetwork.editor import DeltaEditor
 from modules.hypernetwork.module import EditedLayers, GradientEditor
 from modules.trained.ibke import IBKE
-from modules.trained.incomes import InComeS, LoraOptions
+from modules.trained.incomes import InComeS
+from modules.trained.incomes_config import LoraOptions
 from modules.trained.mend import MEND
 
 FORMAT = 1

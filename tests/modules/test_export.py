@@ -15,7 +15,8 @@ from datamodules.records import EditRecord
 from modules.backbone import Backbone, BackboneConfig
 from modules.export import export, load_editor
 from modules.gist.model import GistConfig
-from modules.trained.incomes import InComeS, LoraOptions
+from modules.trained.incomes import InComeS
+from modules.trained.incomes_config import LoraOptions
 
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
 

@@ -16,7 +16,8 @@ from modules.backbone import BackboneConfig
 from modules.editor import Edited
 from modules.gist.batch import GistBatch, QueryConfig
 from modules.gist.model import GistConfig
-from modules.trained.incomes import InComeS, LoraOptions, LossConfig, OptimizerConfig
+from modules.trained.incomes import InComeS
+from modules.trained.incomes_config import LoraOptions, LossConfig, OptimizerConfig
 
 TRAIN = ("full", "upper", "lora")
 

@@ -22,7 +22,8 @@ from modules.byte_tokenizer import byte_tokenizer
 from modules.editor import Edited
 from modules.evaluation import Answers, evaluate
 from modules.gist.model import GistConfig
-from modules.trained.incomes import InComeS, LoraOptions
+from modules.trained.incomes import InComeS
+from modules.trained.incomes_config import LoraOptions
 from modules.training_free.icl import InContext, Unedited
 from trainers.callbacks import sample_edits, selection_figures, throughput
 from trainers.callbacks.common import untouched, validation_records
