@@ -11,25 +11,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Query:
-    """A prompt and what counts as its answer: `answers[0]` is the target that is scored, the rest are aliases of it.
-
-    An empty prompt is allowed (free text to be predicted from its first token); an empty answer is not.
-    """
-
-    prompt: str
-    answers: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if not self.answers or not all(isinstance(a, str) and a.strip() for a in self.answers):
-            raise ValueError(f"query {self.prompt!r} needs at least one non-empty answer, got {self.answers!r}")
-
-    @property
-    def target(self) -> str:
-        return self.answers[0]
-
-
-@dataclass(frozen=True)
 class EditRequest:
     """One edit: a prompt with its new target, or free text (`text`) where the edit is not a prompt and a target.
 
@@ -40,6 +21,8 @@ class EditRequest:
         text: a whole statement of the edit. Where it is given, editors that read statements use it in place of
             prompt + target.
         old_target: the answer before the edit, where the source names it.
+        fact: ids of the two entities that the edit connects, head and tail, where the source names them (UniEdit). Of a
+            tail that is no entity: its relation and value.
     """
 
     prompt: str = ""
@@ -47,8 +30,11 @@ class EditRequest:
     subject: str | None = None
     text: str | None = None
     old_target: str | None = None
+    fact: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if self.fact is not None:  # JSON has lists only
+            object.__setattr__(self, "fact", tuple(self.fact))
         if not (self.text and self.text.strip()) and not (self.prompt.strip() and self.target.strip()):
             raise ValueError(
                 f"an edit needs either `text`, or a non-empty `prompt` and `target`; "
@@ -62,6 +48,32 @@ class EditRequest:
             return self.text
         sentence = join(self.prompt, self.target)
         return sentence if sentence.endswith((".", "!", "?")) else sentence + "."
+
+
+@dataclass(frozen=True)
+class Query:
+    """A prompt and what counts as its answer: `answers[0]` is the target that is scored, the rest are aliases of it.
+
+    An empty prompt is allowed (free text to be predicted from its first token); an empty answer is not.
+
+    Args:
+        hops: the facts that the answer rests on besides the record's own edits, where the source names them. A model
+            that does not know one of them cannot answer however well it is edited, so UniEdit edits it in before.
+        criteria: what the query tests, by the names of the source (UniEdit: see `readers.uniedit`).
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    hops: tuple[EditRequest, ...] = ()
+    criteria: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.answers or not all(isinstance(a, str) and a.strip() for a in self.answers):
+            raise ValueError(f"query {self.prompt!r} needs at least one non-empty answer, got {self.answers!r}")
+
+    @property
+    def target(self) -> str:
+        return self.answers[0]
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class EditRecord:
         return self.requests[0]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(asdict(self, dict_factory=_given), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "EditRecord":
@@ -113,7 +125,20 @@ class EditRecord:
 
 
 def _queries(raw: list[dict[str, Any]]) -> tuple[Query, ...]:
-    return tuple(Query(q["prompt"], tuple(q["answers"])) for q in raw)
+    return tuple(
+        Query(
+            q["prompt"],
+            tuple(q["answers"]),
+            tuple(EditRequest(**r) for r in q.get("hops", ())),
+            tuple(q.get("criteria", ())),
+        )
+        for q in raw
+    )
+
+
+def _given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Few sources have these fields: records of the others are written without them."""
+    return {name: value for name, value in fields if value or name not in ("fact", "hops", "criteria")}
 
 
 def join(prompt: str, target: str) -> str:

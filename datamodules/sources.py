@@ -1,6 +1,7 @@
 """Sources of records as one data set: Arrow on disk, memory-mapped, so that millions of records cost no RAM."""
 
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 
 from datamodules.readers import FORMATS, read
 from datamodules.records import EditRecord
-from datamodules.schedule import Place, Slot
+from datamodules.schedule import Place, Slot, stable_hash
 
 DATA_FOLDER = "PALIMPSEST_DATA"
 _FEATURES = datasets.Features({"record": datasets.Value("string")})
@@ -33,12 +34,15 @@ class Source:
             variable PALIMPSEST_DATA; for "hub" the data set's name; none for records that are generated ("facts").
         options: further arguments of the format's reader, such as `split: val` for "facts".
         limit: take the first records only, this many at most.
+        sample: of those, draw so many by `seed`; all of them where they are fewer. The few-shot rows of IBKE draw 512
+            from the training set of each further source.
+        seed: of that draw.
         weight: how often the mixture draws from this source while it has records left, relative to the other sources.
             Without weights, all records of all sources are shuffled together.
         on_error: what to do at a malformed record: "raise", or "skip" and count.
 
     Raises:
-        ValueError: for an unknown format, or a limit or weight that is not positive.
+        ValueError: for an unknown format, or a limit, sample or weight that is not positive.
     """
 
     format: str
@@ -47,12 +51,16 @@ class Source:
     limit: int | None = None
     weight: float | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    sample: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r}; known formats: {', '.join(FORMATS)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 (or null for all records), got {self.limit}: {self.name}")
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"sample must be at least 1 (or null for all records), got {self.sample}: {self.name}")
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"weight must be positive (leave the source out instead), got {self.weight}: {self.name}")
 
@@ -62,7 +70,7 @@ class Source:
         return f"{self.format} {self.path}" if self.path else self.format
 
     def located(self) -> Path | None:
-        """The file that is read; None where the format reads no local file.
+        """The file or folder that is read; None where the format reads neither.
 
         Raises:
             FileNotFoundError: names the path and the places where it was looked for.
@@ -166,13 +174,12 @@ def keep(dataset: RecordDataset, fits: Callable[[EditRecord], bool], what: str, 
 def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
     path = source.located()
     options = source.options if source.on_error == "raise" else {**source.options, "on_error": source.on_error}
-    stat = path.stat() if path else None
     what = {
         "format": source.format,
         "path": str(path) if path else source.path,
         "options": options,
         "limit": source.limit,
-        "version": (stat and (stat.st_size, stat.st_mtime_ns), _code()),
+        "version": (path and _state(path), _code()),
     }
     try:
         # every argument of the generator is a part of the cache's key
@@ -181,7 +188,16 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
         raise error.__cause__ or error from None  # the reader's own error says which record is wrong
     if not len(table):
         raise ValueError(f"{source.name}: no records; check its options: {source.options}")
+    if source.sample is not None and source.sample < len(table):
+        draw = random.Random(stable_hash("sample", source.seed))
+        table = table.select(sorted(draw.sample(range(len(table)), source.sample)))
     return table  # type: ignore[return-value]
+
+
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """What changes when a file, or any file of a folder, does."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def _rows(

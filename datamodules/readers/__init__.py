@@ -12,11 +12,13 @@ from datamodules.records import EditRecord
 _READERS = {
     "counterfact": "counterfact.read_counterfact",
     "facts": "facts.read_facts",
+    "facts_uniedit": "facts_uniedit.read_facts_uniedit",
     "hub": "pairs.read_hub",
     "knowedit": "knowedit.read_knowedit",
     "mquake": "mquake.read_mquake",
     "pairs": "pairs.read_pairs",
     "records": "own.read_records",
+    "uniedit": "uniedit.read_uniedit",
     "zsre": "zsre.read_zsre",
 }
 FORMATS = tuple(_READERS)

@@ -10,8 +10,9 @@ import json
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from datamodules.records import EditRecord
 
@@ -38,21 +39,54 @@ def load_rows(path: str | Path) -> Iterator[Any]:
     return _rows(path)
 
 
+def load_keyed(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Key and value of each member of a file that is one JSON object, in the file's order; the rest as `load_rows`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_rows`; ValueError also if the file is not one JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file {path} (working directory {Path.cwd()}); check the configured path")
+    return _members(path)
+
+
+def _members(path: Path) -> Iterator[tuple[str, Any]]:
+    with _readable(path), _opened(path) as file:
+        content = file.read()
+    members = _parse(content, path, 1, "the file must be one JSON object of records by id") if content.strip() else {}
+    if not isinstance(members, dict):
+        raise ValueError(f"{path} must be one JSON object of records by id, not {type(members).__name__}")
+    if not members:
+        raise ValueError(f"{path} holds no records; fetch it again, or take it out of the configuration")
+    yield from members.items()
+
+
 def _rows(path: Path) -> Iterator[Any]:
     empty = True
-    try:
+    with _readable(path):
         for row in _decoded(path):
             empty = False
             yield row
-    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not utf-8 ({error}); fetch it again, or convert it to utf-8") from error
     if empty:
         raise ValueError(f"{path} holds no records; fetch it again, or take it out of the configuration")
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not utf-8 ({error}); fetch it again, or convert it to utf-8") from error
+
+
+def _opened(path: Path) -> IO[str]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
 def _decoded(path: Path) -> Iterator[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
+    with _opened(path) as file:
         is_array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
         file.seek(0)
         if is_array:
@@ -63,13 +97,16 @@ def _decoded(path: Path) -> Iterator[Any]:
                     yield _parse(line, path, number)
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+_LINES = "the file must be a JSON array or JSON Lines (one object a line)"
+
+
+def _parse(text: str, path: Path, first_line: int, shape: str = _LINES) -> Any:
     try:
         return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}, line {first_line + error.lineno - 1}: broken JSON ({error.msg}); the file must be a JSON array "
-            f"or JSON Lines (one object a line), so fetch it again or correct that line"
+            f"{path}, line {first_line + error.lineno - 1}: broken JSON ({error.msg}); {shape}, so fetch it again or "
+            f"correct that line"
         ) from error
 
 

@@ -44,12 +44,20 @@ def test_json_and_back(records: list[EditRecord]) -> None:
     full = EditRecord(
         "ü/1",
         (EditRequest("a", "b", "a", None, "c"), EditRequest(text="東京")),
+        portability={"hop": (Query("p", ("x",), (EditRequest("h", "i", fact=("Q1", "Q2")),), ("MH", "SA")),)},
         multi_hop=(Query("q", ("x", "y")),),
         domain="d",
     )
     for record in (*records, full):
         assert EditRecord.from_json(record.to_json()) == record
     assert full.request is full.requests[0]
+
+
+def test_fields_that_few_sources_have_are_written_only_where_they_are(records: list[EditRecord]) -> None:
+    plain, hops = records[0].to_json(), EditRecord("h", (EditRequest("a", "b", fact=("Q1", "Q2")),)).to_json()
+    assert not any(f'"{name}"' in plain for name in ("hops", "criteria", "fact"))
+    assert '"fact": ["Q1", "Q2"]' in hops
+    assert EditRequest("a", "b", fact=["Q1", "Q2"]) == EditRequest("a", "b", fact=("Q1", "Q2"))  # type: ignore[arg-type]
 
 
 def test_requests_from_files(tmp_path: Path) -> None:

@@ -56,6 +56,27 @@ def test_sources_follow_each_other(tmp_path: Path) -> None:
     assert (data.lengths, data.weights) == ([3, 2], [1, 2])
 
 
+def test_a_sample_is_drawn_from_the_whole_source_by_its_seed(tmp_path: Path) -> None:
+    """Few-shot augmentation: so many records of each further set, not its first ones."""
+    cache, a, b = str(tmp_path / "cache"), write(tmp_path / "a.jsonl", 200, "a"), write(tmp_path / "b.jsonl", 5, "b")
+
+    def drawn(sample: int | None, **more: int) -> list[str]:
+        return ids(load([Source("records", a, sample=sample, **more)], cache))
+
+    some = drawn(20)
+    assert some == drawn(20)
+    assert len(set(some)) == 20
+    assert max(int(i[1:]) for i in some) > 100
+    assert set(drawn(20, seed=1)) != set(some) < set(drawn(None))
+    assert len(drawn(500)) == 200
+    assert set(drawn(20, limit=30)) < {f"a{i}" for i in range(30)}
+    both = load([Source("records", b), Source("records", a, sample=20)], cache)
+    assert (both.lengths, ids(both)[5:]) == ([5, 20], some)
+    assert keep(both, lambda r: r.id in some[:3], "train").lengths == [0, 3]
+    with pytest.raises(ValueError, match="sample must be at least 1"):
+        Source("facts", sample=0)
+
+
 def test_cache_is_used_again_and_renewed_when_the_file_changes(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     source = Source("records", write(path, 3))

@@ -155,7 +155,8 @@ def test_items_wants_a_list_of_objects():
 
 
 def test_read_knows_formats_and_options(write):
-    assert {"zsre", "counterfact", "knowedit", "mquake", "pairs", "records", "facts", "hub"} == set(FORMATS)
+    made = {"facts", "facts_uniedit"}
+    assert {"zsre", "counterfact", "knowedit", "mquake", "uniedit", "pairs", "records", "hub"} | made == set(FORMATS)
     path = write([{"prompt": "p", "target_new": "t"}])
     assert [r.request.target for r in read("knowedit", path)] == ["t"]
     with pytest.raises(ValueError, match=r"unknown format 'zrse'; known formats: counterfact, .*zsre"):
