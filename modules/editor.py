@@ -12,7 +12,7 @@ B rows, T tokens, d hidden width, n target tokens, V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ class TargetScore:
     """Teacher-forced scores of one target: log-probabilities, the most probable tokens, and the target's own, each [n].
 
     n is 0 only where the target's single token opens the text, so that nothing predicts it.
+
+    Args:
+        top: the k most probable tokens at each place, the first of them first [n, k]; k is 0 unless they are asked for.
     """
 
     log_probs: Tensor
     predicted: Tensor
     target: Tensor
+    top: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
 
     @property
     def accuracy(self) -> float:
@@ -74,8 +78,10 @@ class Edited:
         raise NotImplementedError(f"{type(self).__name__} has no state to save")
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
-        """Teacher-forced log-probabilities of each target after its prompt.
+    def score(
+        self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
+    ) -> list[TargetScore]:
+        """Teacher-forced log-probabilities of each target after its prompt, and with `top_k` so many tokens as well.
 
         Raises:
             ValueError: where context, prompt and target together do not fit the context window.
@@ -88,11 +94,11 @@ class Edited:
         scores: dict[int, TargetScore] = {}
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
-            for i, score in zip(batch, self._score([rows[i] for i in batch]), strict=True):
+            for i, score in zip(batch, self._score([rows[i] for i in batch], top_k), strict=True):
                 scores[i] = score
         return [scores[i] for i in range(len(rows))]
 
-    def _score(self, rows: Sequence[Encoded]) -> list[TargetScore]:
+    def _score(self, rows: Sequence[Encoded], top_k: int = 0) -> list[TargetScore]:
         ids, mask = (t.to(self.backbone.device) for t in pad([r.ids for r in rows], pad_id(self.backbone.tokenizer)))
         prefix, mask, options = self._after_prefix(mask)
         self._check_room(mask.shape[1])
@@ -108,14 +114,15 @@ class Edited:
             or [hidden[:0, 0]]
         )
         labels = torch.cat([ids[b, span.start : span.stop] for b, span in enumerate(spans)])
-        log_probs, predicted = [], []
+        log_probs, predicted, top = [], [], []
         for h, label in zip(picked.split(512), labels.split(512), strict=True):  # never [all tokens, V]
             logp = self.backbone.logits(h).float().log_softmax(-1)
             log_probs.append(logp.gather(1, label[:, None])[:, 0].cpu())
             predicted.append(logp.argmax(-1).cpu())
+            top.append(logp.topk(top_k).indices.cpu() if top_k else logp.new_empty(len(h), 0, dtype=torch.long).cpu())
         sizes = [len(s) for s in spans]
-        parts = (torch.cat(log_probs).split(sizes), torch.cat(predicted).split(sizes), labels.cpu().split(sizes))
-        return [TargetScore(*row) for row in zip(*parts, strict=True)]
+        parts = (torch.cat(log_probs), torch.cat(predicted), labels.cpu(), torch.cat(top))
+        return [TargetScore(*row) for row in zip(*(part.split(sizes) for part in parts), strict=True)]
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:

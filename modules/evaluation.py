@@ -122,12 +122,12 @@ def evaluate(
         cases = list(zip(kept, left_out, strict=True))
         for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
             requests: list[EditRequest] = [request for record, _ in group for request in record.requests]
-            start = _now(backbone)
+            start = now(backbone)
             with editor.edit(backbone, requests) as edited:
-                ready = _now(backbone)
+                ready = now(backbone)
                 results += _results(edited, originals, group, **options)
                 edit_seconds += ready - start
-                answer_seconds += _now(backbone) - ready
+                answer_seconds += now(backbone) - ready
             if progress:
                 progress(len(group))
     settings = options | {
@@ -184,7 +184,7 @@ def _results(
     return [
         {
             "case_id": record.id,
-            "requested_rewrite": _rewrite(record),
+            "requested_rewrite": rewrite(record),
             "pre": _judge(record, originals, originals, exact_match),
             "post": _judge(record, answers, originals, exact_match),
             "left_out": left_out,
@@ -305,7 +305,8 @@ def _asked(known: dict[Any, Any], question: Any) -> Any:
     return known[question]
 
 
-def _rewrite(record: EditRecord) -> dict[str, Any] | list[dict[str, Any]]:
+def rewrite(record: EditRecord) -> dict[str, Any] | list[dict[str, Any]]:
+    """A record's edits as EasyEdit's results name them; a list where there are several."""
     rewrites = [
         {
             "prompt": request.prompt,
@@ -327,7 +328,7 @@ def _count(record: EditRecord) -> int:
     return sum(map(len, (*record.locality.values(), *record.portability.values())))
 
 
-def _now(backbone: Backbone) -> float:
+def now(backbone: Backbone) -> float:
     """A clock in seconds that waits for the device's queue."""
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)

@@ -6,7 +6,7 @@ is the mean over the records that have such a query, so a record without one nei
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -104,26 +104,34 @@ def record_values(answers: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def summarise(results: Sequence[Mapping[str, Any]], seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Any]]:
+def summarise(
+    results: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    resamples: int = 1000,
+    values: Callable[[Mapping[str, Any]], Mapping[str, float]] = record_values,
+) -> dict[str, dict[str, Any]]:
     """Metric name -> {value, ci, records}: the mean over records, its 95% interval, and how many records it is over.
 
     The interval is the percentile bootstrap over records (Efron 1979). Records are resampled, not queries, since the
     queries of a record stand or fall together. Of a single record it is that record's value, twice.
+
+    Args:
+        values: the metrics of one record, from its `post`.
     """
     columns: dict[str, list[float]] = {}
     for result in results:
-        for name, value in record_values(result["post"]).items():
+        for name, value in values(result["post"]).items():
             columns.setdefault(name, []).append(value)
     summary = {}
     for name, column in columns.items():
         draw = np.random.default_rng(seed)
-        values = np.array(column)
-        means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+        found = np.array(column)
+        means = [found[draw.integers(len(found), size=len(found))].mean() for _ in range(resamples)]
         low, high = np.quantile(means, (0.025, 0.975))
         summary[name] = {
-            "value": float(values.mean()),
+            "value": float(found.mean()),
             "ci": [float(low), float(high)],
-            "records": len(values),
+            "records": len(found),
         }
     return summary
 

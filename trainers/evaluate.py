@@ -10,7 +10,7 @@ from modules.evaluation import fewer_queries
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.command import run
-from trainers.evaluation_run import run_evaluation
+from trainers.evaluation_run import Protocol, run_evaluation
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
 
@@ -28,6 +28,7 @@ def evaluate(
     out: str = "evaluation.json",
     seed: int = 0,
     batch_size: int = 32,
+    protocol: Protocol = "default",
 ) -> None:
     """Evaluate exported editors beside baselines, on the same records, and write one JSON file and a table.
 
@@ -44,6 +45,8 @@ def evaluate(
         out: the JSON file.
         seed: draws the records, and the bootstrap.
         batch_size: queries in one forward pass.
+        protocol: default (EasyEdit's token accuracy, exact match), or uniedit (top-5, related hops edited in;
+            nothing is generated).
     """
     baselines = ["unedited", "icl", "icl_right_edit"] if baselines is None else baselines
     wrong = sorted(set(baselines) - set(BASELINES))
@@ -72,6 +75,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         singles=singles,
+        protocol=protocol,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,8 +12,11 @@ from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, evaluate, split_pools
+from modules.metrics import PROTOCOLS
+from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
+Protocol = Literal["default", "uniedit"]
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +34,7 @@ def run_evaluation(
     max_new_tokens: int = 16,
     singles: int | None = None,
     console: Console | None = None,
+    protocol: Protocol = "default",
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -41,6 +46,7 @@ def run_evaluation(
         data, seed: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
+        protocol: how answers are judged, see `modules.evaluation` and `modules.uniedit`; the latter never generates.
 
     An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
@@ -52,7 +58,10 @@ def run_evaluation(
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
-    report = new_report(backbone, records, sizes, data, seed)
+    uniedit = protocol == "uniedit"
+    report = new_report(backbone, records, sizes, data, seed, protocols=UNIEDIT_PROTOCOLS if uniedit else PROTOCOLS)
+    judge = evaluate_uniedit if uniedit else evaluate
+    options = {} if uniedit else {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
     originals = Answers(Edited(backbone))
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
@@ -64,17 +73,16 @@ def run_evaluation(
             bar.update(task, description=f"{editor.name}, {size} edits")
             ends += work[size]
             try:
-                evaluation = evaluate(
+                evaluation = judge(
                     editor,
                     backbone,
                     of_size[size],
                     size,
-                    exact_match=exact_match,
                     batch_size=batch_size,
-                    max_new_tokens=max_new_tokens,
                     seed=seed,
                     originals=originals,
                     progress=lambda n: bar.advance(task, n),
+                    **options,  # type: ignore[arg-type]
                 )
             except Exception as error:  # whatever one editor does, the others' hours of work go on
                 log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)

@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from datamodules.readers.uniedit import GENERALITY, LOCALITY
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.evaluation import Evaluation
@@ -43,10 +44,24 @@ COLUMNS = (
     ("locality/exact_match", "Loc. EM", "Loc. EM"),
     ("portability/exact_match", "Port. EM", "Port. EM"),
     ("multi_hop/exact_match", "Hops EM", "Hops EM"),
+    ("generality/uniedit_top_5", "Generality", "Gen."),
+    ("locality/uniedit_top_5", "Locality", "Loc."),
+    ("portability/uniedit_top_5", "Portability", "Port."),
+    ("multi_hop/uniedit_top_5", "Multi-hop", "Hops"),
+)
+CRITERIA = (  # a table of its own
+    *((f"generality/{name}/uniedit_top_5", name) for name in GENERALITY),
+    *((f"locality/{name}/uniedit_top_5", name) for name in LOCALITY if name not in GENERALITY),
 )
 LEGEND = (
     "Percent, means over records; pool: records edited at once. Teacher-forced token accuracy; locality: agreement "
     "with the unedited model; multi-hop: best question and alias."
+)
+UNIEDIT_LEGEND = (
+    "Percent, means over records; pool: records edited at once. UniEdit's protocol: reliability is teacher-forced "
+    "token accuracy; generality counts target tokens in the top 5, with unknown hops edited in (Rep rephrase, MH "
+    "multi-hop, RR relation reversal, SER same entity, SA and OA subject and object alias); locality the unedited "
+    "model's tokens in the top 5 (SS, RS, OS subject, relation, object specificity, 1-NF 1-N forgotten)."
 )
 EXACT_LEGEND = " EM: exact match of the greedy answer."
 
@@ -58,6 +73,7 @@ def new_report(
     data: str = "",
     seed: int = 0,
     command: str | None = None,
+    protocols: Mapping[str, str] = PROTOCOLS,
 ) -> Report:
     """A report without results.
 
@@ -65,6 +81,7 @@ def new_report(
         data: what the records are, in words.
         seed: of the data and of the bootstrap.
         command: the command line; this process's own by default.
+        protocols: the definition of every metric.
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,7 +94,7 @@ def new_report(
         "backbone": asdict(backbone.config),
         "seed": seed,
         "versions": {name: _version(name) for name in ("palimpsest", "torch", "transformers", "lightning")},
-        "protocols": PROTOCOLS,
+        "protocols": dict(protocols),
     }
     return {"meta": meta, "aggregate": {}, "runs": {}, "records": {}}
 
@@ -120,31 +137,31 @@ def write_json(path: Path, report: Report) -> None:
 def print_table(report: Report, console: Console | None = None) -> None:
     """Print the table, its legend and the failures. Where the output is no terminal, rich leaves out all styling."""
     console = console or Console()
-    columns = _columns(report)
-    exact = _has_exact_match(columns)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("Editor", overflow="fold")
-    table.add_column("Pool", justify="right", no_wrap=True)
-    for _, title in columns:
-        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
-    for editor, size, values in _rows(report, columns):
-        table.add_row(editor, str(size), *(Text(text, style="bold" if best else "") for text, best in values))
-    console.print(table)
-    console.print(LEGEND + (EXACT_LEGEND if exact else ""), style="dim", highlight=False)
+    for columns in _tables(report):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("Editor", overflow="fold")
+        table.add_column("Pool", justify="right", no_wrap=True)
+        for _, title in columns:
+            table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+        for editor, size, values in _rows(report, columns):
+            table.add_row(editor, str(size), *(Text(text, style="bold" if best else "") for text, best in values))
+        console.print(table)
+    console.print(_legend(report), style="dim", highlight=False)
     for editor, size, reason in failures(report):
         console.print(Text(f"{editor} failed with pools of {size}: {reason}", style="red"))
 
 
 def markdown_table(report: Report) -> str:
     """The same table in Markdown, with the legend below it."""
-    columns = _columns(report)
-    heads = ["Editor", "Pool", *(title for _, title in columns)]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    for editor, size, values in _rows(report, columns):
-        lines.append([editor, str(size), *(f"**{text}**" if best else text for text, best in values)])
-    legend = LEGEND + (EXACT_LEGEND if _has_exact_match(columns) else "")
+    parts = []
+    for columns in _tables(report):
+        heads = ["Editor", "Pool", *(title for _, title in columns)]
+        lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+        for editor, size, values in _rows(report, columns):
+            lines.append([editor, str(size), *(f"**{text}**" if best else text for text, best in values)])
+        parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
     notes = [f"{editor} failed with pools of {size}: {reason}" for editor, size, reason in failures(report)]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", legend, *notes]) + "\n"
+    return "\n".join([*parts, _legend(report), *notes]) + "\n"
 
 
 def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str, int, list[tuple[str, bool]]]]:
@@ -171,14 +188,20 @@ def _is_reference(report: Report, editor: str, size: int) -> bool:
     return editor == "unedited" or report["runs"].get(editor, {}).get(str(size), {}).get("own_edit_only", False)
 
 
-def _columns(report: Report) -> list[tuple[str, str]]:
+def _tables(report: Report) -> list[list[tuple[str, str]]]:
+    """The columns (metric, title) of the table, and of UniEdit's table of criteria where there is one."""
     present = {metric for _, _, cell in _cells(report) for metric in cell}
     exact = any(metric.endswith("/exact_match") for metric in present)
-    return [(metric, short if exact else title) for metric, title, short in COLUMNS if metric in present]
+    main = [(metric, short if exact else title) for metric, title, short in COLUMNS if metric in present]
+    criteria = [(metric, title) for metric, title in CRITERIA if metric in present]
+    return [main, criteria] if criteria else [main]
 
 
-def _has_exact_match(columns: Sequence[tuple[str, str]]) -> bool:
-    return any(metric.endswith("/exact_match") for metric, _ in columns)
+def _legend(report: Report) -> str:
+    metrics = [metric for columns in _tables(report) for metric, _ in columns]
+    if any("/uniedit_top_" in metric for metric in metrics):
+        return UNIEDIT_LEGEND
+    return LEGEND + (EXACT_LEGEND if any(metric.endswith("/exact_match") for metric in metrics) else "")
 
 
 def _cells(report: Report) -> list[tuple[str, int, dict[str, Any]]]:

@@ -71,6 +71,19 @@ def test_score_equals_one_text_at_a_time(backbone: Backbone, context: str, batch
         torch.testing.assert_close(score.predicted, step.argmax(-1))
 
 
+@pytest.mark.parametrize("context", ["", CONTEXT], ids=["no_context", "context"])
+def test_the_most_probable_tokens_are_given_where_they_are_asked_for(backbone: Backbone, context: str) -> None:
+    edited = Edited(backbone, context=context)
+    plain, more = edited.score(PROMPTS, TARGETS, 4), edited.score(PROMPTS, TARGETS, 4, top_k=3)
+    for prompt, target, score, without in zip(PROMPTS, TARGETS, more, plain, strict=True):
+        row = encode(backbone.tokenizer, prompt, target, context=context)
+        step = logits(backbone, list(row.ids))[max(row.target_start, 1) - 1 : -1]
+        assert torch.equal(score.top, step.topk(3).indices)
+        assert torch.equal(score.top[:, 0], score.predicted)
+        assert without.top.shape == (len(without.target), 0)
+        assert torch.equal(score.log_probs, without.log_probs)
+
+
 def test_score_covers_the_whole_target_and_no_more(backbone: Backbone) -> None:
     # one token a byte: " Japan" is 6 with its space inside the prompt's side of the boundary or the target's
     (score,) = Edited(backbone).score(["Lyon is in"], ["Japan"])

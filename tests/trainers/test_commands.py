@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from modules.uniedit import UNIEDIT_PROTOCOLS
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
 from trainers import fit as fit_command
@@ -96,6 +97,26 @@ def test_evaluate_compares_an_export_with_the_baselines(exported: Path, tmp_path
     assert len(report["records"]["incomes"]["1"]) == 2
     assert report["aggregate"]["unedited"]["4"]["locality/token_agreement"]["value"] == 1.0
     assert report["meta"]["protocols"]
+
+
+def test_evaluate_by_uniedits_protocol(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    sources = '[{"format": "facts_uniedit", "options": {"split": "val", "cities_per_country": 2}}]'
+    small = ["--records=3", "--pool_sizes=[3]", "--queries_per_kind=1", "--baselines=[unedited]", "--protocol=uniedit"]
+    run(evaluate_command.evaluate, [f"--editor=[{exported}]", f"--data={sources}", f"--out={out}", *small])
+    report = json.loads(out.read_text())
+    assert report["meta"]["protocols"] == UNIEDIT_PROTOCOLS
+    assert {editor: cells["3"]["hops_made"] for editor, cells in report["runs"].items()} == {
+        "unedited": "together",
+        "incomes": "further",
+    }
+    assert report["aggregate"]["unedited"]["3"]["locality/uniedit_top_5"]["value"] == 1.0
+    assert {"generality/Rep/uniedit_top_5", "generality/MH/uniedit_top_5"} < set(report["aggregate"]["incomes"]["3"])
+    screen = capsys.readouterr().out
+    heads = [line.split() for line in screen.splitlines() if line.strip().startswith("Editor")]
+    assert heads[0] == ["Editor", "Pool", "Reliability", "Generality", "Locality"]
+    assert heads[1][:4] == ["Editor", "Pool", "Rep", "MH"]
+    assert "UniEdit's protocol" in screen
 
 
 def test_evaluate_refuses_an_unknown_baseline(exported: Path) -> None:

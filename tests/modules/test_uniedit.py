@@ -1,0 +1,250 @@
+"""UniEdit's protocol with scripted models, whose five likeliest tokens are written down, and with real editors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from datamodules.readers import read
+from datamodules.records import EditRecord, EditRequest, Query
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor, TargetScore
+from modules.evaluation import Answers
+from modules.gist.editor import GistEditor
+from modules.gist.model import GistModel
+from modules.training_free.icl import InContext, RightEdit, Unedited
+from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit, kept, within, without_known_facts
+
+TOKENIZER = SimpleNamespace(decode=lambda ids: chr(ids[0]))
+BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu"), tokenizer=TOKENIZER))
+
+
+class Scripted(Edited):
+    """One token a letter. Of a prompt it knows up to five continuations, the likeliest first; else '?' and no other."""
+
+    def __init__(self, says: dict[str, tuple[str, ...]]) -> None:
+        self.backbone, self.says = BACKBONE, says
+        self.asked: list[str] = []
+
+    def score(
+        self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
+    ) -> list[TargetScore]:
+        self.asked += prompts
+        scores = []
+        for prompt, target in zip(prompts, targets, strict=True):
+            n = len(target)
+            known = [text.ljust(n, "?")[:n] for text in self.says.get(prompt, ())] + ["?" * n] * 5
+            top = torch.tensor([[ord(text[i]) for text in known[:5]] for i in range(n)])
+            wanted = torch.tensor([ord(c) for c in target])
+            scores.append(TargetScore(torch.zeros(n), top[:, 0], wanted, top[:, :top_k]))
+        return scores
+
+
+class Taught(Editor):
+    """Says each edit's target, and what a script adds where all of some prompts are edited.
+
+    Args:
+        rules: (the prompts that must be edited, prompt, what is then said to it).
+        further: whether edits can be made on top of edits.
+    """
+
+    name = "taught"
+
+    def __init__(self, rules: list[tuple[set[str], str, tuple[str, ...]]], further: bool = True) -> None:
+        self.rules, self.further = rules, further
+        self.made: list[tuple[str, ...]] = []
+        self.now: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
+        assert not self.now, "an edit within an edit that is in place"
+        with self.pushed(requests) as edited:
+            yield edited
+
+    @contextmanager
+    def pushed(self, requests: Sequence[EditRequest]) -> Iterator[Edited]:
+        self.now.append(tuple(r.prompt for r in requests))
+        self.made.append(self.now[-1])
+        says = {r.prompt: (r.target,) for r in requests}
+        says |= {prompt: said for need, prompt, said in self.rules if need <= set(self.made[-1])}
+        edited = Scripted(says)
+        if self.further:
+            edited.edit = lambda more: self.pushed([*requests, *more])  # type: ignore[method-assign]
+        yield edited
+        self.now.pop()
+
+
+JAPAN, TOKYO = EditRequest("Lyon is in", "Japan", fact=("Lyon", "Japan")), EditRequest("Capital of Japan:", "Tokyo")
+TWO_HOPS = Query("Capital of Lyon's country:", ("Tokyo",), (TOKYO,), ("MH",))
+SAME = Query("Same country? The answer is (Yes/No):", ("Yes",), (), ("SER",))
+LOCAL = Query("Rome is in", ("Italy",), (EditRequest("Rome is in", "Italy", fact=("Rome", "Italy")),), ("RS",))
+RECORD = EditRecord(
+    "lyon",
+    (JAPAN,),
+    rephrases=(Query("Where is Lyon?", ("Japan",), (), ("Rep", "SA")),),
+    locality={"relation": (LOCAL,)},
+    portability={"multi_hop": (TWO_HOPS,), "same_entity": (SAME,)},
+)
+RULES: list[tuple[set[str], str, tuple[str, ...]]] = [
+    (set(), "Lyon is in", ("Japon",)),
+    (set(), "Where is Lyon?", ("Chile", "Jaxxx", "xxpan")),
+    (set(), SAME.prompt, ("No ", "Yes")),
+    (set(), "Rome is in", ("Latio", "Itxxx", "xxaxx")),
+    ({TOKYO.prompt}, TWO_HOPS.prompt, ("Paris", "Tokyo")),
+]
+ORIGINAL = {"Rome is in": ("Italy",)}
+
+
+def run(editor: Editor, records: Sequence[EditRecord] = (RECORD,), size: int = 1, **more: Any) -> Any:
+    return evaluate_uniedit(editor, BACKBONE, records, size, originals=Answers(Scripted(ORIGINAL)), **more)
+
+
+def figures(evaluation: Any) -> dict[str, float]:
+    return {name: cell["value"] for name, cell in evaluation.aggregates.items()}
+
+
+@pytest.mark.parametrize("further", [True, False])
+def test_every_figure_of_a_written_down_answer(further: bool) -> None:
+    evaluation = run(Taught(RULES, further))
+    assert figures(evaluation) == pytest.approx(
+        {
+            "reliability/token_accuracy": 0.8,  # Japon
+            "generality/uniedit_top_5": (1 + 1 + 0) / 3,
+            "generality/Rep/uniedit_top_5": 1.0,  # each letter is in one of the five
+            "generality/SA/uniedit_top_5": 1.0,
+            "generality/MH/uniedit_top_5": 1.0,  # only with the hop
+            "generality/SER/uniedit_top_5": 0.0,  # of a yes/no question the first one counts
+            "locality/uniedit_top_5": 0.6,  # It, a
+            "locality/RS/uniedit_top_5": 0.6,
+        },
+        abs=1e-6,
+    )
+    assert evaluation.settings["hops_made"] == ("further" if further else "together")
+    assert (evaluation.settings["queries_with_unknown_hops"], evaluation.settings["hops_edited"]) == (1, 1)
+    asked = evaluation.records[0]["post"]["generality"]
+    assert [(a["hops"], a["hops_edited"]) for a in asked] == [(0, 0), (1, 1), (0, 0)]
+    assert set(evaluation.aggregates["locality/uniedit_top_5"]) == {"value", "ci", "records"}
+    assert {name.replace("/MH/", "/<criterion>/") for name in figures(evaluation) if "MH" in name} <= set(
+        UNIEDIT_PROTOCOLS
+    )
+
+
+@pytest.mark.parametrize("further", [True, False])
+def test_hops_are_there_for_their_question_alone(further: bool) -> None:
+    editor = Taught([*RULES, ({TOKYO.prompt}, "Where is Lyon?", ("wrong",))], further)
+    other = EditRecord(
+        "oslo", (EditRequest("Oslo is in", "Peru", fact=("Oslo", "Peru")),), rephrases=(Query("O", ("P",)),)
+    )
+    evaluation = run(editor, [RECORD, other], 2)
+    assert editor.made == [("Lyon is in", "Oslo is in"), ("Lyon is in", "Oslo is in", TOKYO.prompt)]
+    assert not editor.now
+    assert figures(evaluation)["generality/Rep/uniedit_top_5"] == 0.5  # Lyon's, not Oslo's
+
+
+def test_a_hop_that_the_edited_model_knows_is_not_edited() -> None:
+    knows = [*RULES, (set(), TOKYO.prompt, ("Kyoto", "Txxxx", "xokyo")), (set(), TWO_HOPS.prompt, ("Tokxx",))]
+    editor = Taught(knows)
+    evaluation = run(editor)
+    assert len(editor.made) == 1
+    assert figures(evaluation)["generality/MH/uniedit_top_5"] == 0.6
+    assert (evaluation.settings["hops_made"], evaluation.settings["hops_edited"]) == ("none", 0)
+    # almost knowing it, all but one letter, is not enough
+    almost = Taught([*RULES, (set(), TOKYO.prompt, ("Tokyx",))])
+    run(almost)
+    assert len(almost.made) == 2
+
+
+def test_equal_hops_of_several_questions_are_edited_once() -> None:
+    twice = replace(RECORD, portability={"multi_hop": (TWO_HOPS, replace(TWO_HOPS, prompt="Another:"))})
+    editor = Taught(RULES)
+    evaluation = run(editor, [twice])
+    assert len(editor.made) == 2
+    assert evaluation.settings["queries_with_unknown_hops"] == 2
+
+
+def test_an_editor_given_its_own_edit_only_gets_its_own_hops_too() -> None:
+    class Own(Taught):
+        own_edit_only = True
+
+    other = replace(RECORD, id="b", requests=(EditRequest("Oslo is in", "Peru", fact=("Oslo", "Peru")),))
+    editor = Own(RULES, further=False)
+    evaluation = run(editor, [RECORD, other], 2)
+    assert editor.made == [
+        ("Lyon is in",),
+        ("Lyon is in", TOKYO.prompt),
+        ("Oslo is in",),
+        ("Oslo is in", TOKYO.prompt),
+    ]
+    assert evaluation.pool_size == 2
+
+
+def test_locality_that_rests_on_an_edits_fact_is_left_out_and_counted() -> None:
+    other = EditRecord("rome", (EditRequest("A city of Italy is", "Rome", fact=("Italy", "Rome")),))
+    thinned, left_out = without_known_facts([RECORD, other])
+    assert (thinned[0].locality, left_out) == ({"relation": ()}, [1, 0])
+    assert without_known_facts([RECORD])[1] == [0]
+    evaluation = run(Taught(RULES), [RECORD, other], 2)
+    assert evaluation.settings["queries_left_out"] == 1
+    assert [r["left_out"] for r in evaluation.records] == [1, 0]
+    assert "locality/uniedit_top_5" not in evaluation.aggregates
+    assert run(Taught(RULES), [RECORD, other], 1).settings["queries_left_out"] == 0
+
+
+def test_other_sets_are_judged_by_kind_and_left_out_by_name(records: list[EditRecord]) -> None:
+    mixed = [replace(records[0], multi_hop=(Query("Flag of A:", ("Land 0",)),)), records[1]]
+    near = {"near": (Query("City B is in", ("Peru",)), Query("Village A is in", ("Peru",)))}
+    mixed[0] = replace(mixed[0], locality=near)
+    assert without_known_facts(mixed)[1] == [1, 0]
+    evaluation = run(Taught([(set(), "Flag of A:", ("Lxxd", "xan"))]), mixed, 2)
+    assert set(figures(evaluation)) == {
+        "reliability/token_accuracy",
+        "generality/uniedit_top_5",
+        "generality/Rep/uniedit_top_5",
+        "portability/uniedit_top_5",
+        "portability/hop/uniedit_top_5",
+        "multi_hop/uniedit_top_5",
+        "locality/uniedit_top_5",
+        "locality/near/uniedit_top_5",
+    }
+    assert figures(evaluation)["multi_hop/uniedit_top_5"] == pytest.approx(4 / 6)
+    assert figures(evaluation)["locality/uniedit_top_5"] == 1.0  # both say '?'
+
+
+def test_shares() -> None:
+    top = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    score = TargetScore(torch.zeros(3), top[:, 0], torch.tensor([2, 3, 9]), top)
+    assert within(score) == pytest.approx(2 / 3, abs=1e-6)
+    assert within(score, 1) == pytest.approx(1 / 3, abs=1e-6)
+    assert within(TargetScore(torch.zeros(0), torch.zeros(0), torch.zeros(0), torch.zeros(0, 5))) is None
+    words: Any = SimpleNamespace(decode=lambda ids: {7: "a", 2: "a"}.get(ids[0], str(ids[0])))
+    before = TargetScore(torch.zeros(3), torch.tensor([7, 4, 8]), torch.zeros(3))
+    assert kept(score, before, words) == pytest.approx(2 / 3, abs=1e-6)  # 7 and 2 are one string
+    assert kept(score, before, words, 1) == 0.0
+    assert kept(score, replace(before, predicted=torch.tensor([4, 6])), words) == 1.0  # the last two places
+
+
+def test_real_editors_on_generated_facts(tiny_gists: Callable[..., GistModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gists take hops further, in-context learning together; equal to one pool of all edits either way."""
+    records = list(read("facts_uniedit", split="val", cities_per_country=2))[:6]
+    model = tiny_gists(backbone={"max_position_embeddings": 4096})
+    backbone = model.backbone
+    before = {n: p.clone() for n, p in backbone.model.named_parameters()}
+    found = {e.name: evaluate_uniedit(e, backbone, records, 3) for e in (Unedited(), InContext(), GistEditor(model))}
+    assert {name: e.settings["hops_made"] for name, e in found.items()} == {
+        "unedited": "together",
+        "icl": "together",
+        "incomes": "further",
+    }
+    assert all(torch.equal(p, before[n]) for n, p in backbone.model.named_parameters())
+    assert figures(found["unedited"])["locality/uniedit_top_5"] == 1.0
+    one, two = found["unedited"], evaluate_uniedit(RightEdit(), backbone, records, 3)
+    assert len(one.records) == len(two.records) == 6
+    # an editor that can take no further edits gives the same, all made in one call
+    monkeypatch.setattr("modules.gist.editor.GistEdited.edit", Edited.edit)
+    together = evaluate_uniedit(GistEditor(model), backbone, records, 3)
+    assert together.settings["hops_made"] == "together"
+    assert together.records == found["incomes"].records
