@@ -16,7 +16,7 @@ from datamodules.records import EditRecord, Query
 from datamodules.schedule import Slot
 from datamodules.tokens import encode, pad, pad_id
 
-Kind = Literal["request", "rephrase", "portability", "locality"]
+Kind = Literal["request", "rephrase", "portability", "multi_hop", "locality"]
 
 
 @dataclass
@@ -84,7 +84,7 @@ class QueryConfig:
     max_query_tokens: int = 256
 
     def __post_init__(self) -> None:
-        known = Kind.__args__  # type: ignore[attr-defined]
+        known = [k for k in Kind.__args__ if k != "multi_hop"]  # type: ignore[attr-defined]
         wrong = [k for k in self.rates if k not in known]
         if wrong or any(r < 0 for r in self.rates.values()) or not any(self.rates.values()):
             raise ValueError(
@@ -113,7 +113,7 @@ class GistCollator:
     def fits(self, record: EditRecord) -> bool:
         """Whether a record is short enough to train on (paper, section 1.5 of the methods page), and asks anything."""
         longest = max(len(encode(self.tokenizer, "", r.statement).ids) for r in record.requests)
-        by_kind = queries_by_kind(record)
+        by_kind = _of_one_edit(record)
         if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
             return False  # a bare statement, of which nothing is asked
         queries = [(q.prompt, q.target) for qs in by_kind.values() for q in qs]
@@ -141,7 +141,7 @@ class GistCollator:
 
     def _draw(self, draw: random.Random, slot: Slot, subjects: set[str]) -> tuple[Query, bool]:
         """One query of a record; a locality query that speaks of another edit's subject is no longer out of scope."""
-        options = queries_by_kind(slot.record)
+        options = _of_one_edit(slot.record)
         own = slot.record.request.subject
         options["locality"] = [q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)]
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
@@ -191,12 +191,19 @@ class GistCollator:
         )
 
 
+def _of_one_edit(record: EditRecord) -> dict[Kind, list[Query]]:
+    """The queries that have one edit to find, the record's first."""
+    by_kind = queries_by_kind(replace(record, requests=record.requests[:1]))
+    return {kind: queries for kind, queries in by_kind.items() if kind != "multi_hop"}
+
+
 def queries_by_kind(record: EditRecord) -> dict[Kind, list[Query]]:
-    request = record.request
+    """What a record asks: its edits' own prompts, and the rest of it."""
     return {
-        "request": [Query(request.prompt, (request.target,))] if request.target else [],
+        "request": [Query(r.prompt, (r.target,)) for r in record.requests if r.target],
         "rephrase": list(record.rephrases),
         "portability": [q for qs in record.portability.values() for q in qs],
+        "multi_hop": list(record.multi_hop),
         "locality": [q for qs in record.locality.values() for q in qs],
     }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest, Query
-from datamodules.schedule import Slot
+from datamodules.schedule import Slot, stable_hash
 from datamodules.tokens import Encoded, encode, pad, pad_id
 from modules.gist.batch import Kind, queries_by_kind, subjects_of_pools
 
@@ -21,6 +21,8 @@ from modules.gist.batch import Kind, queries_by_kind, subjects_of_pools
 @dataclass
 class EditBatch:
     """One micro-batch. Every pool is edited by itself: by its one edit, or by several together.
+
+    The edits of a pool are all those of its records, and the related hops of its queries.
 
     Args:
         edits, edits_mask, edits_answer: [N, T], right-padded, and the tokens that an edit's own loss is of.
@@ -72,7 +74,10 @@ class EditQueries:
     Args:
         generality: queries of each record that its edit is to change.
         rates: how often each kind of them is drawn, among those that the record has. `{rephrase: 1}` as published with
-            MEND; `{request: 1}`, the edit's own prompt, as EasyEdit does it.
+            MEND; `{request: 1}`, the edit's own prompt, as EasyEdit does it. `portability` is what follows from the
+            edit (of UniEdit: multi-hop, relation reversal, same entity), `multi_hop` MQuAKE's questions.
+        hops: edit the facts that a drawn query rests on into its pool, all of them, as UniEdit's evaluation does with
+            those that the model does not know.
         locality: queries of each record that its edit must leave alone.
         locality_from: `record`: its own locality queries, where it has any; `others`: the edits of other pools of the
             micro-batch, which are as likely as its own to be edited (published with MEND).
@@ -85,6 +90,7 @@ class EditQueries:
     locality_from: Literal["record", "others"] = "record"
     max_edit_tokens: int = 128
     max_query_tokens: int = 256
+    hops: bool = True
 
     def __post_init__(self) -> None:
         known = [k for k in Kind.__args__ if k != "locality"]  # type: ignore[attr-defined]
@@ -138,36 +144,55 @@ class EditCollator:
         self.config = config
 
     def fits(self, record: EditRecord) -> bool:
-        """Whether a record is short enough to train on, its edit has a token to predict, and it asks anything."""
-        edit = encode_edit(self.tokenizer, record.request)
+        """Whether a record is short enough to train on, its edits have a token to predict, and it asks anything."""
         by_kind = queries_by_kind(record)
         if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
             return False
+        hops = [hop for kind, qs in by_kind.items() if kind != "locality" for q in qs for hop in self._hops(q)]
+        edits = [encode_edit(self.tokenizer, request) for request in (*record.requests, *hops)]
         longest = max(len(encode(self.tokenizer, q.prompt, q.target).ids) for qs in by_kind.values() for q in qs)
-        short = len(edit.ids) <= self.config.max_edit_tokens and longest <= self.config.max_query_tokens
-        return short and edit.start < len(edit.ids)
+        short = max(len(e.ids) for e in edits) <= self.config.max_edit_tokens
+        return short and longest <= self.config.max_query_tokens and all(e.start < len(e.ids) for e in edits)
 
     def __call__(self, slots: Sequence[Slot]) -> EditBatch:
         edits: dict[tuple[int, tuple[int, ...]], tuple[Scored, int]] = {}  # the same edit twice in a pool is made once
+        edited, of_hops = subjects_of_pools(slots), {slot.pool: set[str]() for slot in slots}
+        draws = [random.Random(slot.seed) for slot in slots]
+        changed: list[list[Query]] = []
+        for slot, draw in zip(slots, draws, strict=True):
+            asked = [self._changed(draw, slot, edited[slot.pool]) for _ in range(self.config.generality)]
+            hops = list(dict.fromkeys(hop for query in asked for hop in self._hops(query)))
+            for i, request in enumerate((*slot.record.requests, *hops)):
+                edit = encode_edit(self.tokenizer, request)
+                seed = stable_hash("edit", slot.seed, i) if i else slot.seed
+                edits.setdefault((slot.pool, edit.ids), (edit, seed))
+            of_hops[slot.pool].update(hop.subject for hop in hops if hop.subject)
+            changed.append(asked)
         rows: list[_Row] = []
-        subjects = subjects_of_pools(slots)
-        for slot in slots:
-            edit = encode_edit(self.tokenizer, slot.record.request)
-            edits.setdefault((slot.pool, edit.ids), (edit, slot.seed))
-            draw = random.Random(slot.seed)
-            for _ in range(self.config.generality):
-                rows.append(self._row(self._changed(draw, slot.record), slot.pool, True))
+        for slot, draw, asked in zip(slots, draws, changed, strict=True):
+            rows += [self._row(query, slot.pool, True) for query in asked]
             for _ in range(self.config.locality):
-                if query := self._unchanged(draw, slot, slots, subjects[slot.pool]):
+                if query := self._unchanged(draw, slot, slots, edited[slot.pool] | of_hops[slot.pool]):
                     rows.append(self._row(query, slot.pool, False))
         pools, (made, seeds) = [pool for pool, _ in edits], zip(*edits.values(), strict=True)
         return self._tensors(made, pools, seeds, rows, [s.record.id for s in slots])
 
+    def _hops(self, query: Query) -> tuple[EditRequest, ...]:
+        return query.hops if self.config.hops else ()
+
     def _row(self, query: Query, pool: int, in_scope: bool) -> _Row:
         return _Row(scored(encode(self.tokenizer, query.prompt, query.target), query.prompt), pool, in_scope)
 
-    def _changed(self, draw: random.Random, record: EditRecord) -> Query:
-        options = queries_by_kind(record)
+    def _changed(self, draw: random.Random, slot: Slot, subjects: set[str]) -> Query:
+        """A query that follows from the record's edits; none whose hops are about what another record edits."""
+        every = queries_by_kind(slot.record)
+        every["locality"] = []
+        others = subjects - _subjects(slot.record)
+        clear: dict[Kind, list[Query]] = {
+            kind: [q for q in queries if not any(hop.subject in others for hop in self._hops(q))]
+            for kind, queries in every.items()
+        }
+        options = clear if any(clear.values()) else every
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
         # a record that has none of the wanted kinds is asked what it has, the edit itself before all
         other: Kind = next(k for k in options if options[k])
@@ -176,12 +201,12 @@ class EditCollator:
 
     def _unchanged(self, draw: random.Random, slot: Slot, slots: Sequence[Slot], subjects: set[str]) -> Query | None:
         """A query that speaks of no subject of the pool, as far as subjects are known."""
-        own = slot.record.request.subject
+        own = _subjects(slot.record)
         near = [q for qs in slot.record.locality.values() for q in qs] if self.config.locality_from == "record" else []
-        near = [q for q in near if not any(s in q.prompt for s in subjects if s != own)]
+        near = [q for q in near if not any(s in q.prompt for s in subjects - own)]
         if near:
             return draw.choice(near)
-        others = [s.record.request for s in slots if s.pool != slot.pool and s.record.request.target]
+        others = [r for s in slots if s.pool != slot.pool for r in s.record.requests if r.target]
         others = [r for r in others if not any(s in r.prompt for s in subjects)]
         return Query((other := draw.choice(others)).prompt, (other.target,)) if others else None
 
@@ -211,6 +236,10 @@ class EditCollator:
             pools=len(pools),
             records=records,
         )
+
+
+def _subjects(record: EditRecord) -> set[str]:
+    return {r.subject for r in record.requests if r.subject}
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor]:

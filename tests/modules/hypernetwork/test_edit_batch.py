@@ -76,6 +76,95 @@ def test_a_query_about_another_edit_of_the_pool_is_not_local(records: list[EditR
     assert "The river through City B is Po" not in texts(together.queries, together.queries_mask)
 
 
+JAPAN, ASIA = EditRequest("Japan's capital is", "Lima", "Japan"), EditRequest("Peru lies in", "Asia", "Peru")
+CASE = EditRecord(
+    "case",
+    (EditRequest("Zoe lives in", "Japan", "Zoe"), JAPAN),
+    rephrases=(Query("Zoe's home?", ("Japan",)), Query("The capital?", ("Lima",))),
+    multi_hop=(Query("The capital of Zoe's home:", ("Lima", "Ciudad")),),
+)
+HOPS = EditRecord(
+    "hops",
+    (EditRequest("Zoe lives in", "Peru", "Zoe"),),
+    locality={"near": (Query("Peru borders on", ("Chad",)), Query("Oslo is in", ("Chad",)))},
+    portability={"multi_hop": (Query("Zoe's continent:", ("Asia",), (ASIA,), ("MH",)),)},
+)
+
+
+def test_all_edits_of_a_case_are_made_in_its_pool() -> None:
+    batch = collate([CASE, HOPS], rates={"multi_hop": 1.0}, hops=False)
+    assert texts(batch.edits, batch.edits_mask) == [
+        "Zoe lives in Japan",
+        "Japan's capital is Lima",
+        "Zoe lives in Peru",
+    ]
+    assert batch.edit_pool.tolist() == [0, 0, 1]
+    assert len(set(batch.edit_seed.tolist())) == 3
+    assert texts(batch.queries, batch.queries_mask)[0] == "The capital of Zoe's home: Lima"
+    assert batch.visible[0].tolist() == [True, True, False]
+    assert len(batch) == 2
+    prompts = texts(*_queries(collate([CASE], rates={"request": 1.0}, generality=20)))
+    assert set(prompts) == {"Zoe lives in Japan", "Japan's capital is Lima"}
+
+
+def _queries(batch: EditBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch.queries, batch.queries_mask
+
+
+def test_others_edits_as_locality_are_all_of_theirs() -> None:
+    plain = EditRecord("p", (EditRequest("Oslo is in", "Chad", "Oslo"),))
+    asked = texts(*_queries(collate([plain, CASE], rates={"request": 1.0}, locality=20, locality_from="others")))
+    assert set(asked[1:21]) == {"Zoe lives in Japan", "Japan's capital is Lima"}
+
+
+def test_related_hops_are_edited_into_the_pool_of_their_query() -> None:
+    batch = collate([HOPS, CASE], rates={"portability": 1.0})
+    assert texts(batch.edits, batch.edits_mask)[:2] == ["Zoe lives in Peru", "Peru lies in Asia"]
+    assert batch.edit_pool.tolist() == [0, 0, 1, 1]
+    asked = texts(*_queries(batch))
+    assert asked[0] == "Zoe's continent: Asia"
+    assert asked[1] == "Oslo is in Chad"  # a hop's subject is not to be left alone
+    # only for a query that rests on them, and only if wanted
+    assert len(collate([HOPS], rates={"request": 1.0}).edits) == 1
+    assert len(collate([HOPS], rates={"portability": 1.0}, hops=False).edits) == 1
+    local = set(texts(*_queries(collate([HOPS], rates={"request": 1.0}, locality=20)))[1:])
+    assert local == {"Peru borders on Chad", "Oslo is in Chad"}
+
+
+def test_a_query_is_not_asked_where_another_record_edits_its_hop() -> None:
+    other = EditRecord("o", (EditRequest("Peru lies in", "Oceania", "Peru"),))
+    apart = collate([HOPS, other], [0, 1], rates={"portability": 1.0})
+    together = collate([HOPS, other], [0, 0], rates={"portability": 1.0})
+    assert "Zoe's continent: Asia" in texts(*_queries(apart))
+    assert "Zoe's continent: Asia" not in texts(*_queries(together))
+    assert texts(*_queries(together))[0] == "Zoe lives in Peru"
+    assert len(together.edits) == 2
+
+
+def test_a_slots_queries_and_edits_depend_on_its_seed_and_pool_alone() -> None:
+    drawn = {"request": 1.0, "portability": 1.0, "multi_hop": 1.0}
+    whole = collate([HOPS, CASE, HOPS], rates=drawn, generality=3)
+    slots = [Slot(HOPS, 0, 7), Slot(CASE, 1, 8), Slot(HOPS, 2, 9)]
+    for i in range(3):
+        alone = EditCollator(TOKENIZER, EditQueries(rates=drawn, generality=3))(slots[i : i + 1])
+        mine, edits = whole.query_pool == i, whole.edit_pool == i
+        assert texts(*_queries(alone)) == texts(whole.queries[mine], whole.queries_mask[mine])
+        assert texts(alone.edits, alone.edits_mask) == texts(whole.edits[edits], whole.edits_mask[edits])
+        assert alone.edit_seed.tolist() == whole.edit_seed[edits].tolist()
+
+
+def test_what_fits_counts_every_edit_and_hop() -> None:
+    def fits(record: EditRecord, **config) -> bool:
+        return EditCollator(TOKENIZER, EditQueries(**config)).fits(record)
+
+    assert fits(HOPS, max_edit_tokens=17)
+    assert fits(CASE, max_edit_tokens=23)
+    assert not fits(CASE, max_edit_tokens=22)  # its second edit
+    long = EditRecord("l", HOPS.requests, portability={"h": (Query("q", ("a",), (EditRequest("x" * 30, "y"),)),)})
+    assert not fits(long, max_edit_tokens=20)
+    assert fits(long, max_edit_tokens=20, hops=False)
+
+
 def test_free_text_is_predicted_from_its_middle() -> None:
     edit = encode_edit(TOKENIZER, EditRequest(text="Peru"))
     assert edit.start == 2 == len(edit.ids) - 2
