@@ -9,7 +9,6 @@ through its other relations, and neighbours, alternative homes and the like are 
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -29,41 +28,21 @@ from datamodules.readers.facts import (
     split_of,
 )
 from datamodules.readers.uniedit import EDIT, uniedit_record
-from datamodules.records import EditRecord
-
-NEIGHBOUR = Relation(
-    "country-neighbour",
-    "A country that shares a border with {s} is",
-    ("Among the neighbours of {s} is", "{s} has a common border with", "A traveller leaves {s} by land and enters"),
-    ("On a map, the country next to {s} is", "One of the countries that border on {s} is"),
+from datamodules.readers.uniedit_rows import (
+    NEIGHBOUR,
+    OTHER_NEIGHBOUR,
+    RELATIONS,
+    REVERSED,
+    REVERSED_HOPS,
+    SAME,
+    Thing,
+    double_row,
+    fact_row,
+    local_row,
+    reversed_row,
+    single_row,
 )
-RELATIONS = {r.name: r for r in (CITY_COUNTRY, *COUNTRY_RELATIONS, NEIGHBOUR)}
-OTHER_NEIGHBOUR = "Besides {o}, a country that shares a border with {s} is"
-REVERSED = {
-    "country-capital": "The country that has {o} as its capital is",
-    "country-neighbour": "A country that {o} shares a border with is",
-}
-REVERSED_HOPS = {  # tail of a capital edit -> country -> attribute
-    "country-currency": "The currency of the country whose capital is {o} is the",
-    "country-continent": "The country whose capital is {o} is on the continent of",
-}
-SAME = {
-    "city-country": "Is the country where {s} is located the same as the country where {x} is located?",
-    "country-currency": "Is the currency of {s} the same as the currency of {x}?",
-    "country-continent": "Is {s} on the same continent as {x}?",
-}
-
-
-@dataclass(frozen=True)
-class Thing:
-    """An entity: what UniEdit takes from Wikidata."""
-
-    id: str
-    label: str
-    aliases: tuple[str, ...] = ()
-
-    def row(self) -> dict[str, Any]:
-        return {"id": self.id, "label": self.label, "description": "", "aliases": list(self.aliases)}
+from datamodules.records import EditRecord
 
 
 def read_facts_uniedit(split: Split = "train", seed: int = 0, cities_per_country: int = 40) -> Iterator[EditRecord]:
@@ -118,12 +97,12 @@ class _World:
             return None
         tail, other = found  # `other`: a country of which the target is true, where there is one
         wordings = self.draw.sample(relation.train if self.training else relation.held_out, 2)
-        edit = _fact(EDIT, relation, head, tail)
-        asked = [_single(w.format(s=head.label), tail.label, [edit]) for w in wordings]
+        edit = fact_row(EDIT, relation, head, tail)
+        asked = [single_row(w.format(s=head.label), tail.label, [edit]) for w in wordings]
         if head.aliases:
             alias = self.draw.choice(head.aliases)
-            named = _fact(EDIT, relation, head, tail, subject=alias)
-            asked.append(_single(wordings[0].format(s=alias), tail.label, [named]))
+            named = fact_row(EDIT, relation, head, tail, subject=alias)
+            asked.append(single_row(wordings[0].format(s=alias), tail.label, [named]))
         asked += self.chains(relation, head, tail, other)
         local = self.locality(relation, head, tail, other)
         return {
@@ -154,34 +133,34 @@ class _World:
 
     def chains(self, relation: Relation, head: Thing, tail: Thing, other: Country | None) -> list[dict[str, Any]]:
         """What follows from the edit: multi-hop, relation reversal, same-entity questions."""
-        edit = _fact(EDIT, relation, head, tail)
+        edit = fact_row(EDIT, relation, head, tail)
         asked = []
         if relation is CITY_COUNTRY and other:
             kept = [name for name in CITY_HOPS if self.is_true(other, name)]
             for i, name in enumerate(self.draw.sample(kept, min(2, len(kept)))):
                 value = self.value(other, name)
-                hop = _fact(["t_e", "r_0", "e_0"], RELATIONS[name], tail, value)
+                hop = fact_row(["t_e", "r_0", "e_0"], RELATIONS[name], tail, value)
                 alias = self.draw.choice(head.aliases) if i and head.aliases else head.label
-                own = _fact(EDIT, relation, head, tail, subject=alias)
-                asked.append(_single(CITY_HOPS[name].format(s=alias), value.label, [own, hop]))
+                own = fact_row(EDIT, relation, head, tail, subject=alias)
+                asked.append(single_row(CITY_HOPS[name].format(s=alias), value.label, [own, hop]))
         elif relation.name in CITY_HOPS:
             town = self.pick([t for t, land in self.still.items() if land.name == head.label and t != tail.label])
             if town:
-                hop = _fact(["e_0", "r_0", "h_e"], CITY_COUNTRY, self.thing("city", town), head)
-                asked.append(_single(CITY_HOPS[relation.name].format(s=town), tail.label, [hop, edit]))
+                hop = fact_row(["e_0", "r_0", "h_e"], CITY_COUNTRY, self.thing("city", town), head)
+                asked.append(single_row(CITY_HOPS[relation.name].format(s=town), tail.label, [hop, edit]))
         if relation.name in REVERSED:
             prompt = REVERSED[relation.name]
-            asked.append(_single(prompt.format(o=tail.label), head.label, [_reversed(edit, prompt)]))
+            asked.append(single_row(prompt.format(o=tail.label), head.label, [reversed_row(edit, prompt)]))
             if tail.aliases:
                 alias = self.draw.choice(tail.aliases)
-                own = _reversed(_fact(EDIT, relation, head, tail, target=alias), prompt)
-                asked.append(_single(prompt.format(o=alias), head.label, [own]))
+                own = reversed_row(fact_row(EDIT, relation, head, tail, target=alias), prompt)
+                asked.append(single_row(prompt.format(o=alias), head.label, [own]))
         if relation.name == "country-capital":
             name = self.draw.choice(sorted(REVERSED_HOPS))
             value = self.value(self.lands[head.label], name)
-            hop = _fact(["h_e", "r_0", "e_0"], RELATIONS[name], head, value)
-            own = _reversed(edit, REVERSED[relation.name])
-            asked.append(_single(REVERSED_HOPS[name].format(o=tail.label), value.label, [own, hop]))
+            hop = fact_row(["h_e", "r_0", "e_0"], RELATIONS[name], head, value)
+            own = reversed_row(edit, REVERSED[relation.name])
+            asked.append(single_row(REVERSED_HOPS[name].format(o=tail.label), value.label, [own, hop]))
         if relation.name in SAME and other:
             asked += self.same(relation, head, tail, other)
         return asked
@@ -200,10 +179,10 @@ class _World:
             source = self.thing("country", name or "")
         if not name:
             return []
-        far = _fact(["e_0", "r_0", "t_e" if yes else "e_1"], relation, source, end)
-        first = _single(relation.prompt.format(s=head.label), tail.label, [_fact(EDIT, relation, head, tail)])
-        second = _single(relation.prompt.format(s=name), end.label, [far])
-        return [_double(SAME[relation.name].format(s=head.label, x=name), yes, first, second)]
+        far = fact_row(["e_0", "r_0", "t_e" if yes else "e_1"], relation, source, end)
+        first = single_row(relation.prompt.format(s=head.label), tail.label, [fact_row(EDIT, relation, head, tail)])
+        second = single_row(relation.prompt.format(s=name), end.label, [far])
+        return [double_row(SAME[relation.name].format(s=head.label, x=name), yes, first, second)]
 
     # ------------------------------------------------------------------ locality
 
@@ -213,21 +192,21 @@ class _World:
         if relation is CITY_COUNTRY and other:
             town = self.pick([t for t, land in self.still.items() if land is other])
             if town:
-                fact = _fact(["e_0", "r_e", "t_e"], relation, self.thing("city", town), tail)
-                asked.append(_local("tail of edit", relation.prompt.format(s=town), [fact]))
+                fact = fact_row(["e_0", "r_e", "t_e"], relation, self.thing("city", town), tail)
+                asked.append(local_row("tail of edit", relation.prompt.format(s=town), [fact]))
         if relation.name == "country-capital":
             home = self.thing("country", self.still[tail.label].name)
-            fact = _fact(["t_e", "r_0", "e_0"], CITY_COUNTRY, tail, home)
-            asked.append(_local("tail of edit", CITY_COUNTRY.prompt.format(s=tail.label), [fact]))
+            fact = fact_row(["t_e", "r_0", "e_0"], CITY_COUNTRY, tail, home)
+            asked.append(local_row("tail of edit", CITY_COUNTRY.prompt.format(s=tail.label), [fact]))
         if relation is not CITY_COUNTRY:
             name = self.draw.choice([r.name for r in COUNTRY_RELATIONS if r is not relation])
-            fact = _fact(["h_e", "r_0", "e_0"], RELATIONS[name], head, self.value(self.lands[head.label], name))
-            asked.append(_local("head of edit", RELATIONS[name].prompt.format(s=head.label), [fact]))
+            fact = fact_row(["h_e", "r_0", "e_0"], RELATIONS[name], head, self.value(self.lands[head.label], name))
+            asked.append(local_row("head of edit", RELATIONS[name].prompt.format(s=head.label), [fact]))
         if relation is NEIGHBOUR:
             border = self.thing("country", self.draw.choice(self.borders[head.label]))
             prompt = OTHER_NEIGHBOUR.format(s=head.label, o=tail.label)
-            fact = _fact(["h_e", "r_e", "e_0"], relation, head, border) | {"prompt": prompt}
-            asked.append(_local("head of edit", prompt, [fact]))
+            fact = fact_row(["h_e", "r_e", "e_0"], relation, head, border) | {"prompt": prompt}
+            asked.append(local_row("head of edit", prompt, [fact]))
         return [question for question in asked if question]
 
     def near(self, relation: Relation, tail: Thing) -> dict[str, Any] | None:
@@ -245,8 +224,8 @@ class _World:
             source = self.thing("country", land.name)
             border = relation is NEIGHBOUR
             end = self.thing("country", self.borders[land.name][0]) if border else self.value(land, relation.name)
-        fact = _fact(["e_0", "r_e", "e_1"], relation, source, end)
-        return _local("property of edit", relation.prompt.format(s=source.label), [fact])
+        fact = fact_row(["e_0", "r_e", "e_1"], relation, source, end)
+        return local_row("property of edit", relation.prompt.format(s=source.label), [fact])
 
     def unrelated(self, relation: Relation, tail: Thing) -> dict[str, Any] | None:
         """Another relation of a country that no record edits."""
@@ -254,8 +233,8 @@ class _World:
         asked = self.draw.choice([r for r in COUNTRY_RELATIONS if r is not relation])
         if not land:
             return None
-        fact = _fact(["e_0", "r_0", "e_1"], asked, self.thing("country", land.name), self.value(land, asked.name))
-        return _local("none", asked.prompt.format(s=land.name), [fact])
+        fact = fact_row(["e_0", "r_0", "e_1"], asked, self.thing("country", land.name), self.value(land, asked.name))
+        return local_row("none", asked.prompt.format(s=land.name), [fact])
 
     def far(self, relation: Relation, tail: Thing) -> dict[str, Any] | None:
         """Two hops from a town that no record edits, through a country that none edits."""
@@ -265,11 +244,11 @@ class _World:
         town, land = found
         name = self.draw.choice(sorted(CITY_HOPS))
         country = self.thing("country", land.name)
-        first = _fact(["e_0", "r_0", "e_1"], CITY_COUNTRY, self.thing("city", town), country)
-        second = _fact(["e_1", "r_1", "e_2"], RELATIONS[name], country, self.value(land, name))
+        first = fact_row(["e_0", "r_0", "e_1"], CITY_COUNTRY, self.thing("city", town), country)
+        second = fact_row(["e_1", "r_1", "e_2"], RELATIONS[name], country, self.value(land, name))
         shared = relation.name in (CITY_COUNTRY.name, name)
         sort = "property of edit" if shared else "none"
-        return _local(sort, CITY_HOPS[name].format(s=town), [first, second])
+        return local_row(sort, CITY_HOPS[name].format(s=town), [first, second])
 
     # ------------------------------------------------------------------ entities
 
@@ -286,48 +265,6 @@ class _World:
 
     def value(self, land: Country, relation: str) -> Thing:
         return Thing(f"{relation.removeprefix('country-')}/{land.values[relation]}", land.values[relation])
-
-
-def _fact(
-    path: list[str], relation: Relation, head: Thing, tail: Thing, subject: str | None = None, target: str | None = None
-) -> dict[str, Any]:
-    name = subject or head.label
-    return {
-        "path": path,
-        "prompt": relation.prompt.format(s=name),
-        "subject": name,
-        "target": target or tail.label,
-        "reverse_in_multi_hop": False,
-        "head_entity": head.row(),
-        "property": {"id": relation.name, "label": relation.name, "single_value": relation is not NEIGHBOUR},
-        "tail_entity": {"order_in_property": 0, "datatype": "wikibase-item", "value": tail.row()},
-        "single_inverse": relation.name == "country-capital",
-    }
-
-
-def _reversed(fact: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """The fact as a hop from its tail to its head."""
-    turned = {"prompt": prompt.format(o=fact["target"]), "target": fact["head_entity"]["label"]}
-    return fact | {"reverse_in_multi_hop": True, "reversed": turned}
-
-
-def _single(prompt: str, target: str, hops: list[dict[str, Any]]) -> dict[str, Any]:
-    paths = []
-    for hop in hops:
-        ends, back = hop["path"], hop["reverse_in_multi_hop"]
-        many = not (hop["single_inverse"] if back else hop["property"]["single_value"])
-        paths.append([*(ends[::-1] if back else ends), "b" if back else "f", "m" if many else "s"])
-    return {"path_type": "single", "prompt": prompt, "target": target, "paths": paths, "one_hops": hops}
-
-
-def _double(prompt: str, yes: bool, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    answer = "Yes" if yes else "No"
-    paths = {"single_path1": first, "single_path2": second}
-    return {"path_type": "double", "prompt": prompt, "target": answer, **paths}
-
-
-def _local(sort: str, prompt: str, hops: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"loc_type": sort, **_single(prompt, hops[-1]["target"], hops)}
 
 
 @cache

@@ -7,8 +7,8 @@ import pytest
 
 from datamodules.readers import read
 from datamodules.readers.facts import SHARES, cities, countries, is_bystander, read_facts, split_of
-from datamodules.readers.facts_uniedit import RELATIONS
 from datamodules.readers.uniedit import GENERALITY, LOCALITY
+from datamodules.readers.uniedit_rows import RELATIONS
 from datamodules.records import EditRecord, Query
 
 
