@@ -7,7 +7,7 @@ Shapes: R rows, T tokens.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def windows(
 
     Texts follow one another with a blank line between them; each window begins with a BOS where the tokenizer uses one.
     """
-    head = (tokenizer.bos_token_id,) if bos and adds_bos(tokenizer) else ()
+    head: tuple[Any, ...] = (tokenizer.bos_token_id,) if bos and adds_bos(tokenizer) else ()
     room = length - len(head)
     waiting: list[int] = []
     left = tokens
@@ -110,15 +110,11 @@ def windows(
         yield (*head, *waiting)[:left]
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, bos: bool
-) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """Ids of a text and the characters [start, end) of each; a BOS has none."""
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = tuple(out["input_ids"]), [tuple(o) for o in out["offset_mapping"]]
-    if bos and adds_bos(tokenizer):
-        ids, offsets = (tokenizer.bos_token_id, *ids), [(0, 0), *offsets]
-    return ids, offsets
+    head: list[Any] = [tokenizer.bos_token_id] if bos and adds_bos(tokenizer) else []
+    return (*head, *out["input_ids"]), [(0, 0)] * len(head) + [(start, end) for start, end in out["offset_mapping"]]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
