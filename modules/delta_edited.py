@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
@@ -54,9 +53,7 @@ class DeltaEdited(Edited):
         """(d_in, d_out) of the layers that this method edits in this backbone, by name."""
         raise NotImplementedError
 
-    def like(
-        self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]
-    ) -> Self:
+    def like(self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]) -> Self:
         """The same method and backbone with these edits in place of its own."""
         raise NotImplementedError
 
@@ -91,11 +88,16 @@ class DeltaEdited(Edited):
         new = [r for r in {r.statement: r for r in requests}.values() if r.statement not in known]
         if not new:
             return self.like(self.requests, self.deltas, self.memory)
-        deltas, memory = self.further(new)
+        return self.joined(new, *self.further(new))
+
+    def joined(
+        self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]
+    ) -> Self:
+        """The same with these edits after its own."""
         count = len(self.requests)
         deltas = {n: self.deltas[n].then(d, count) if n in self.deltas else d for n, d in deltas.items()}
         memory = {n: torch.cat([self.memory[n], m]) if n in self.memory else m for n, m in memory.items()}
-        return self.like([*self.requests, *new], deltas, memory)
+        return self.like([*self.requests, *requests], self.deltas | deltas, self.memory | memory)
 
     def remove(self, requests: Sequence[EditRequest]) -> Self:
         """The same without these edits. What later edits found at the model that had them stays as it was found.

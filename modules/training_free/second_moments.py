@@ -24,6 +24,7 @@ from datamodules.tokens import pad, pad_id, windows
 from modules.backbone import Backbone
 from modules.interventions import linear, shape
 from modules.training_free.closed_form import Identity, Inverse, Metric, Projection
+from modules.training_free.subject import Enough
 from modules.training_free.templates import sample, start_ids
 
 VERSION = 1  # of what is counted: a change makes old files unknown
@@ -254,25 +255,29 @@ def _windows(backbone: Backbone, moments: Moments, length: int) -> Iterator[tupl
 
 
 class _summing:
-    """Add the outer products of what goes into linear layers, at real tokens, to sums [f, f]."""
+    """Add the outer products of what goes into linear layers, at real tokens, to sums [f, f]; then stop."""
 
     def __init__(self, model: nn.Module, sums: Mapping[str, Tensor], mask: Tensor) -> None:
-        self.model, self.sums, self.mask = model, sums, mask
+        self.model, self.sums, self.mask, self.left = model, sums, mask, len(sums)
 
     def __enter__(self) -> None:
         self.handles = [
             linear(self.model, name).register_forward_pre_hook(self._hook(total)) for name, total in self.sums.items()
         ]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> bool:
         for handle in self.handles:
             handle.remove()
+        return kind is Enough
 
     def _hook(self, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             keys = args[0][self.mask]
             keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # [n, f]
             total.add_((keys.T @ keys).to(total.dtype))
+            self.left -= 1
+            if not self.left:
+                raise Enough
 
         return add
 

@@ -60,8 +60,8 @@ def row(backbone: Backbone, prompt: str, subject: str, target: str = "", prefix:
     return Row(encoded.ids, at, encoded.target_start)
 
 
-class _Enough(Exception):
-    """All that was wanted of a forward pass is there."""
+class Enough(Exception):
+    """All that was wanted of a forward pass is there: the layers above need not run."""
 
 
 @torch.no_grad()
@@ -109,14 +109,14 @@ def _watching(model: nn.Module, wanted: set[tuple[str, bool]], got: dict[str, Te
                 torch.promote_types(picked.dtype, torch.float32)
             )
             if len(got) == len(wanted):
-                raise _Enough
+                raise Enough
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(watch(name, out)) for name, out in wanted]
     try:
         yield
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:
