@@ -4,7 +4,8 @@ import sys
 
 from modules.backbone import BackboneConfig, load_backbone
 from modules.training_free.locate import down_name, layer_numbers
-from modules.training_free.second_moments import Moments, bar, null_space, second_moments
+from modules.training_free.metrics import bar
+from modules.training_free.second_moments import Moments, null_space, second_moments
 from trainers.command import run
 
 

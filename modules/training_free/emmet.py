@@ -9,7 +9,7 @@ from modules.training_free.closed_form import Metric, solve
 from modules.training_free.memit import MEMIT
 from modules.training_free.second_moments import Moments
 from modules.training_free.templates import Contexts
-from modules.training_free.values import ValueOptions
+from modules.training_free.value_options import ValueOptions
 
 
 class EMMET(MEMIT):

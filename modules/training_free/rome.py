@@ -13,9 +13,11 @@ from datamodules.records import EditRequest
 from modules.interventions import Deltas, LowRank, low_rank
 from modules.training_free.closed_form import Metric
 from modules.training_free.locate import LocatedEdited, LocateEditor, deltas_of, layer_numbers
-from modules.training_free.second_moments import Metrics, Moments
+from modules.training_free.metrics import Metrics
+from modules.training_free.second_moments import Moments
 from modules.training_free.templates import Contexts
-from modules.training_free.values import ValueOptions, find_values
+from modules.training_free.value_options import ValueOptions
+from modules.training_free.values import find_values
 
 Keys = Literal["released", "averaged", "prompt"]
 

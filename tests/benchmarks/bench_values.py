@@ -23,7 +23,8 @@ from datamodules.tokens import pad, pad_id
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.training_free.subject import row
 from modules.training_free.templates import Contexts
-from modules.training_free.values import ValueOptions, find_values, initial_outputs, place_names
+from modules.training_free.value_options import ValueOptions
+from modules.training_free.values import find_values, initial_outputs, place_names
 
 CUDA = torch.cuda.is_available()
 

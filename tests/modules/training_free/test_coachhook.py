@@ -16,11 +16,12 @@ from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.interventions import LowRank
 from modules.training_free import CoachHook
-from modules.training_free.coachhook import PEAK, Gate, HookedEdited, Scope, gated
+from modules.training_free.coachhook import PEAK, HookedEdited
+from modules.training_free.hook_layer import Gate, Scope, gated
 from modules.training_free.second_moments import Moments
 from modules.training_free.subject import row
 from modules.training_free.templates import Contexts
-from modules.training_free.values import ValueOptions
+from modules.training_free.value_options import ValueOptions
 
 DOWN = "model.layers.1.mlp.down_proj"
 OPEN = Scope(alpha=-10.0, dynamic=False, short=None)

@@ -21,7 +21,8 @@ from modules.training_free.locate import LocateEditor, layer_numbers
 from modules.training_free.second_moments import Moments, second_moments
 from modules.training_free.subject import row, subject_states
 from modules.training_free.templates import Contexts
-from modules.training_free.values import ValueOptions, find_values
+from modules.training_free.value_options import ValueOptions
+from modules.training_free.values import find_values
 
 CONTEXTS = Contexts(counts={8: 2})
 VALUES = ValueOptions(steps=8, lr=0.2)

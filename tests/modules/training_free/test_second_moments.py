@@ -14,7 +14,8 @@ from datamodules.tokens import encode, windows
 from modules.backbone import Backbone
 from modules.training_free import second_moments as module
 from modules.training_free.closed_form import Projection
-from modules.training_free.second_moments import Metrics, Moments, count, fingerprint, null_space, second_moments
+from modules.training_free.metrics import Metrics
+from modules.training_free.second_moments import Moments, count, fingerprint, null_space, second_moments
 
 DOWN = "model.layers.1.mlp.down_proj"
 LOW = "model.layers.0.mlp.down_proj"

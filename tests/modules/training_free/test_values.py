@@ -12,7 +12,8 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from datamodules.tokens import encode, encode_subject
 from modules.backbone import Backbone
-from modules.training_free.values import EAC, Place, ValueOptions, find_values
+from modules.training_free.value_options import EAC, Place, ValueOptions
+from modules.training_free.values import find_values
 
 REQUESTS = [
     EditRequest("City A is in", "Land 0", "City A"),
