@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.interventions import Deltas, low_rank, merge
+from modules.interventions import Deltas, LowRank, low_rank, merge
 
 MEMORY = "memory."  # before the names of remembered tensors in a file
 
@@ -114,6 +114,10 @@ class DeltaEdited(Edited):
         deltas = {name: d.keep(kept) for name, d in self.deltas.items()}
         memory = {name: m[kept.to(m.device)] for name, m in self.memory.items()}
         return self.like([self.requests[i] for i in rows], deltas, memory)
+
+    def weight_changes(self) -> Mapping[str, LowRank]:
+        """What all edits so far add to each weight, by the linear layer's name: a term of one row."""
+        return self.terms
 
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""

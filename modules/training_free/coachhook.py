@@ -60,9 +60,14 @@ class HookedEdited(LocatedEdited):
         with gated(self.backbone, gates):
             return Edited.decode(self, ids, mask, **options)[0], gates
 
-    def merge(self) -> Any:
-        """Refused: whether a hook layer answers depends on the text."""
-        raise ValueError(
+    def weight_changes(self) -> dict[str, Any]:
+        """None: hook layers answer for some tokens only."""
+        return {}
+
+    @property
+    def merge(self) -> Any:  # type: ignore[override]
+        """There is none, and `hasattr` says so: whether a hook layer answers depends on the text."""
+        raise AttributeError(
             "the edits of coachhook are hook layers, which answer for some tokens only: no weights can hold them. "
             "Save the edits instead"
         )

@@ -90,6 +90,7 @@ def test_an_editor_edits_and_leaves_no_trace(
         merged = edited.merge()
         assert edited.generate(["City A is in"], max_new_tokens=3)
         assert hooks(backbone) == 0
+        assert edited.weight_changes().keys() == set(editor.names(backbone))
     assert after.mean() > was.mean()
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(t, before[n]) for n, t in backbone.model.state_dict().items())
