@@ -4,8 +4,10 @@ Everything else works on the spans returned here, so a target's tokens are the s
 Shapes: R rows, T tokens.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,15 +48,73 @@ def encode(
         raise ValueError("nothing to tokenise: prompt, target and context are all empty")
     if target and not target.strip():
         raise ValueError(f"the target after {prompt!r} is nothing but white space: {target!r}")
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = list(out["input_ids"])
+    ids, offsets = _tokens(tokenizer, text, bos)
     start = len(ids)
     if target:
         target_char = len(text) - len(target.lstrip())
-        start = next(i for i, (_, end) in enumerate(out["offset_mapping"]) if end > target_char)
-    if bos and adds_bos(tokenizer):
-        ids, start = [tokenizer.bos_token_id, *ids], start + 1
-    return Encoded(tuple(ids), start)
+        start = next(i for i, (_, end) in enumerate(offsets) if end > target_char)
+    return Encoded(ids, start)
+
+
+def encode_subject(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    subject: str,
+    target: str = "",
+    context: str = "",
+    bos: bool = True,
+    occurrence: Literal["first", "last"] = "last",
+) -> tuple[Encoded, int]:
+    """`encode`, and the index of the subject's last token in it, by character offsets.
+
+    The subject is looked for in the prompt alone, as whole words before parts of words. A token that reaches over the
+    subject's end, as merges may, still counts as its last one.
+
+    Args:
+        occurrence: which one is taken where the prompt names the subject several times. The last has seen most.
+
+    Raises:
+        ValueError: where the prompt does not hold the subject; and see `encode`.
+    """
+    encoded = encode(tokenizer, prompt, target, context, bos)
+    places = [m.end() for m in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)] if subject else []
+    places = places or ([m.end() for m in re.finditer(re.escape(subject), prompt)] if subject else [])
+    if not places:
+        raise ValueError(f"the subject {subject!r} does not stand in the prompt {prompt!r}; a subject is a part of it")
+    end = len(context) + places[-1 if occurrence == "last" else 0]
+    stem = context + prompt
+    _, offsets = _tokens(tokenizer, join(stem, target) if target else stem, bos)
+    return encoded, max(i for i, (start, stop) in enumerate(offsets) if start < end and stop > start)
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, tokens: int, bos: bool = True
+) -> Iterator[tuple[int, ...]]:
+    """Running text cut into windows of `length` tokens, the last one as long as it comes, `tokens` of them in all.
+
+    Texts follow one another with a blank line between them; each window begins with a BOS where the tokenizer uses one.
+    """
+    head: tuple[Any, ...] = (tokenizer.bos_token_id,) if bos and adds_bos(tokenizer) else ()
+    room = length - len(head)
+    waiting: list[int] = []
+    left = tokens
+    for text in texts:
+        waiting += tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
+        while len(waiting) >= room and left > 0:
+            window = (*head, *waiting[:room])[:left]
+            yield window
+            waiting, left = waiting[room:], left - len(window)
+        if left <= 0:
+            return
+    if waiting:
+        yield (*head, *waiting)[:left]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Ids of a text and the characters [start, end) of each; a BOS has none."""
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    head: list[Any] = [tokenizer.bos_token_id] if bos and adds_bos(tokenizer) else []
+    return (*head, *out["input_ids"]), [(0, 0)] * len(head) + [(start, end) for start, end in out["offset_mapping"]]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from datamodules.tokens import adds_bos, encode, pad, pad_id
+from datamodules.tokens import adds_bos, encode, encode_subject, pad, pad_id, windows
 from modules.byte_tokenizer import byte_tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -120,3 +120,50 @@ def test_pad_id() -> None:
     tokenizer.pad_token = "<s>"
     assert pad_id(tokenizer) == tokenizer.bos_token_id
     assert pad_id(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "which", "until"),
+    [
+        ("Lyon is in", "Lyon", "last", "Lyon"),
+        ("In Lyon, as in all of Lyon, one speaks", "Lyon", "last", "In Lyon, as in all of Lyon"),
+        ("In Lyon, as in all of Lyon, one speaks", "Lyon", "first", "In Lyon"),
+        ("The Lyonnais of Lyon and the Lyonnais", "Lyon", "last", "The Lyonnais of Lyon"),  # whole words first
+        ("The Lyonnais eat", "Lyon", "last", "The Lyon"),
+        ("Who is Zoë?", "Zoë", "last", "Who is Zoë"),
+        ("首都は東京です", "東京", "last", "首都は東京"),
+        ("C++ (language) is", "C++ (language)", "last", "C++ (language)"),
+    ],
+)
+@pytest.mark.parametrize("context", ["", "Because of Lyon and. "])
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_last_token_of_the_subject(prompt: str, subject: str, which: str, until: str, context: str, bos: bool):
+    tokenizer = bpe([("L", "y"), ("Ly", "o"), ("Lyo", "n")], bos=bos)
+    encoded, at = encode_subject(tokenizer, prompt, subject, "Peru", context, occurrence=which)  # type: ignore[arg-type]
+    assert encoded == encode(tokenizer, prompt, "Peru", context)
+    assert tokenizer.decode(encoded.ids[bos : at + 1]) == context + until
+
+
+def test_a_token_that_reaches_over_the_subjects_end_is_its_last() -> None:
+    tokenizer = bpe([("n", "Ġ"), ("nĠ", "i")])
+    encoded, at = encode_subject(tokenizer, "Lyon is in", "Lyon", "Peru")
+    assert tokenizer.decode(encoded.ids[: at + 1]) == "Lyon i"
+
+
+@pytest.mark.parametrize("subject", ["Paris", "lyon", ""])
+def test_a_subject_that_the_prompt_lacks(subject: str) -> None:
+    with pytest.raises(ValueError, match="does not stand in the prompt 'Lyon is in'"):
+        encode_subject(byte_tokenizer(), "Lyon is in", subject, context="Paris lyon. ")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_of_running_text(bos: bool) -> None:
+    tokenizer = bpe([], bos=bos)
+    texts = ["abcde", "fg", "h" * 20]
+    found = list(windows(tokenizer, texts, 6, 25))
+    assert [len(w) for w in found] == [6, 6, 6, 6, 1]
+    head = [tokenizer.bos_token_id] * bos
+    assert all(list(w[:bos]) == head for w in found)
+    running = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    assert [i for w in found for i in w[bos:]] == list(running)[: 25 - 5 * bos]
+    assert [len(w) for w in windows(tokenizer, ["abc"], 6, 25)] == [5 + bos]  # all there is

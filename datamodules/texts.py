@@ -1,0 +1,44 @@
+"""Plain text from anywhere, one piece at a time."""
+
+import gzip
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import datasets
+
+
+def read_texts(source: str, field: str = "text", seed: int = 0) -> Iterator[str]:
+    """The texts of a source.
+
+    Args:
+        source: a local file, .gz or not, whose paragraphs (lines that are not empty) are the texts; or else a Hugging
+            Face data set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT, which is streamed in an order drawn by `seed`.
+        field: the column of such a data set.
+
+    Raises:
+        ValueError: where it is neither, or has no such column.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            yield from (line.strip() for line in lines if line.strip())
+        return
+    name, config, split = (*source.split(":"), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text {source!r} is neither a file nor a data set that can be read: {str(error)[:300]}. Give a file, "
+            "NAME:CONFIG:SPLIT of a Hugging Face data set, or `model` for text drawn from the model itself"
+        ) from error
+    for row in rows.shuffle(seed=seed, buffer_size=10_000):
+        if field not in row:
+            raise ValueError(f"data set {source!r} has no column {field!r}; it has {', '.join(row)}")
+        yield row[field]
+
+
+def identity(source: str) -> str:
+    """What tells a source from others: the hash of a file's content, or a data set's name."""
+    path = Path(source).expanduser()
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else source

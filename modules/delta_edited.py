@@ -1,0 +1,167 @@
+"""A backbone under low-rank edits, whoever made them: consecutive edits, removal, saving, and merging into weights.
+
+Every edit has its own rows in each layer's deltas, and in what its method remembers of it, so a single one can be
+taken out again.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from datamodules.records import EditRequest
+from modules.backbone import Backbone
+from modules.editor import Edited
+from modules.interventions import Deltas, LowRank, low_rank, merge
+
+MEMORY = "memory."  # before the names of remembered tensors in a file
+
+
+class DeltaEdited(Edited):
+    """A backbone with deltas, which are there in its own passes alone. Subclasses say how further edits are made.
+
+    Args:
+        requests, deltas: the edits and what they add to each layer; edit i is requests[i].
+        memory: what the method remembers of its edits, by name; one row [n, ...] for each edit.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        requests: Sequence[EditRequest] = (),
+        deltas: Mapping[str, Deltas] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(backbone)
+        self.requests = tuple(requests)
+        self.deltas = dict(deltas or {})
+        self.memory = dict(memory or {})
+        one = torch.zeros(len(self.requests), dtype=torch.long, device=backbone.device)
+        self.terms = {name: d.term(1, one).compact() for name, d in self.deltas.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(d_in, d_out) of the layers that this method edits in this backbone, by name."""
+        raise NotImplementedError
+
+    def like(self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]) -> Self:
+        """The same method and backbone with these edits in place of its own."""
+        raise NotImplementedError
+
+    def further(self, requests: Sequence[EditRequest]) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
+        """What new edits, none of which is there already, add to each layer, and what to remember of them.
+
+        Raises:
+            ValueError: for requests that the method cannot serve, before any work.
+        """
+        raise NotImplementedError
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The backbone's own modules under these edits, for the length of a `with`."""
+        return low_rank(self.backbone.model, self.terms)
+
+    def decode(self, ids: Tensor, mask: Tensor, state: Any = None, **options: Any) -> tuple[Any, Any]:
+        with self.applied():
+            return super().decode(ids, mask, state, **options)
+
+    @contextmanager
+    def edit(self, requests: Sequence[EditRequest]) -> Iterator[Self]:
+        """The same with more edits, made at the model as it is edited now; one that is there already is not repeated.
+
+        Raises:
+            ValueError: for requests that the method cannot serve, before any work.
+        """
+        yield self.add(requests)
+
+    def add(self, requests: Sequence[EditRequest]) -> Self:
+        """See `edit`."""
+        known = {r.statement for r in self.requests}
+        new = [r for r in {r.statement: r for r in requests}.values() if r.statement not in known]
+        if not new:
+            return self.like(self.requests, self.deltas, self.memory)
+        return self.joined(new, *self.further(new))
+
+    def joined(
+        self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]
+    ) -> Self:
+        """The same with these edits after its own."""
+        count = len(self.requests)
+        deltas = {n: self.deltas[n].then(d, count) if n in self.deltas else d for n, d in deltas.items()}
+        memory = {n: torch.cat([self.memory[n], m]) if n in self.memory else m for n, m in memory.items()}
+        return self.like([*self.requests, *requests], self.deltas | deltas, self.memory | memory)
+
+    def remove(self, requests: Sequence[EditRequest]) -> Self:
+        """The same without these edits. What later edits found at the model that had them stays as it was found.
+
+        Raises:
+            ValueError: for an edit that was not made.
+        """
+        gone = {r.statement for r in requests}
+        missing = gone - {r.statement for r in self.requests}
+        if missing:
+            raise ValueError(f"not among the edits, so it cannot be removed: {sorted(missing)[0]!r}")
+        rows = [i for i, r in enumerate(self.requests) if r.statement not in gone]
+        kept = torch.tensor(rows, dtype=torch.long, device=self.backbone.device)
+        deltas = {name: d.keep(kept) for name, d in self.deltas.items()}
+        memory = {name: m[kept.to(m.device)] for name, m in self.memory.items()}
+        return self.like([self.requests[i] for i in rows], deltas, memory)
+
+    def weight_changes(self) -> Mapping[str, LowRank]:
+        """What all edits so far add to each weight, by the linear layer's name: a term of one row."""
+        return self.terms
+
+    def merge(self) -> PreTrainedModel:
+        """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
+        model = copy.deepcopy(self.backbone.model)
+        merge(model, self.terms)
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Write deltas.safetensors and edits.json (the edits as text) to a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        flat = {f"{name}.{part}": getattr(d, part) for name, d in self.deltas.items() for part in d._fields}
+        flat |= {MEMORY + name: m for name, m in self.memory.items()}
+        save_file({name: t.cpu().contiguous() for name, t in flat.items()}, folder / "deltas.safetensors")
+        lines = [asdict(r) for r in self.requests]
+        (folder / "edits.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def restored(self, folder: Path) -> Self:
+        """The same method and backbone with the edits that `save` wrote to a folder.
+
+        Raises:
+            ValueError: where the folder holds none, or those of another model.
+        """
+        for name in ("deltas.safetensors", "edits.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no {name}; give a folder that an edited model was saved to")
+        requests = [EditRequest(**r) for r in json.loads((folder / "edits.json").read_text(encoding="utf-8"))]
+        try:
+            flat = load_file(folder / "deltas.safetensors", device=str(self.backbone.device))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / 'deltas.safetensors'} cannot be read: {error}; make its edits again"
+            ) from error
+        memory = {n.removeprefix(MEMORY): t for n, t in flat.items() if n.startswith(MEMORY)}
+        flat = {n: t for n, t in flat.items() if not n.startswith(MEMORY)}
+        shapes = self.shapes
+        if flat and set(flat) != {f"{name}.{part}" for name in shapes for part in Deltas._fields}:
+            raise ValueError(f"the edits in {folder} are of other layers; make them again")
+        deltas = {name: Deltas(*(flat[f"{name}.{p}"] for p in Deltas._fields)) for name in shapes if flat}
+        for name, d in deltas.items():
+            if (d.a.shape[1], d.b.shape[1]) != shapes[name]:
+                raise ValueError(f"the edits in {folder} are of a model of another size; make them again")
+            if len(d.edit) and int(d.edit.max()) >= len(requests):
+                raise ValueError(f"{folder}: edits.json lists {len(requests)} edits, deltas.safetensors holds more")
+        wrong = [name for name, m in memory.items() if len(m) != len(requests)]
+        if wrong:
+            raise ValueError(f"{folder}: edits.json lists {len(requests)} edits, {wrong[0]!r} is of another number")
+        return self.like(requests, deltas, memory)

@@ -1,0 +1,249 @@
+"""Second moments of what goes into linear layers: C = E[k k'], not centred, over the tokens of any text.
+
+They say what a layer's ordinary inputs look like, which locate-and-edit methods leave as they are. Taken once for a
+model and a text and kept on disk as safetensors, under a name made of the weights, the layer, the text and the sample.
+
+W windows of text, T tokens, f = d_in of a layer.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from datamodules.texts import identity, read_texts
+from datamodules.tokens import pad, pad_id, windows
+from modules.backbone import Backbone
+from modules.interventions import linear, shape
+from modules.training_free.subject import Enough
+from modules.training_free.templates import sample, start_ids
+
+VERSION = 1  # of what is counted: a change makes old files unknown
+CACHE_FOLDER = "PALIMPSEST_CACHE"
+Progress = Callable[[int, int], None]  # tokens done, and in all
+
+
+@dataclass
+class Moments:
+    """Over which text second moments are taken, and where they are kept.
+
+    Args:
+        text: a file (.gz or not), a Hugging Face data set as NAME:CONFIG:SPLIT, or `model`: text drawn from the model
+            itself, where nothing else is at hand.
+        tokens: so many are counted. Papers: 100,000 articles of Wikipedia; no fewer than some times the layer's inputs.
+        length: of a window of running text, in tokens.
+        field: the column of a data set.
+        seed: of the order of a data set, and of text drawn from the model.
+        batch: windows of one forward pass.
+        accumulate: precision of the sums. Products are made in float32.
+        folder: of the files; by default the one named by the environment variable PALIMPSEST_CACHE, or
+            ~/.cache/palimpsest.
+
+    Raises:
+        ValueError: for sizes below 1.
+    """
+
+    text: str = "model"
+    tokens: int = 100_000
+    length: int = 512
+    field: str = "text"
+    seed: int = 0
+    batch: int = 8
+    accumulate: Literal["float32", "float64"] = "float64"
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.batch) < 1 or self.length < 2:
+            raise ValueError(f"moments: tokens and batch must be at least 1, length at least 2, got {self}")
+
+    def where(self) -> Path:
+        """The folder of the files."""
+        given = self.folder or os.environ.get(CACHE_FOLDER)
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "palimpsest"
+
+    def file(self, backbone: Backbone, layer: str, kind: str = "moments") -> Path:
+        """Where the second moments of a linear layer's inputs, or what is made of them, are kept."""
+        what = [VERSION, fingerprint(backbone.model), layer, *self.sample(), self.accumulate]
+        key = sha256(json.dumps(what).encode()).hexdigest()[:20]
+        return self.where() / f"{kind}-{backbone.model.config.model_type}-{layer}-{key}.safetensors"
+
+    def sample(self) -> list[Any]:
+        """What decides which tokens are counted, beside the model."""
+        text = "model" if self.text == "model" else identity(self.text)
+        return [text, self.tokens, self.length, self.field, self.seed]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights. It is taken anew when a sample of each weight says that they have changed."""
+    look = sha256()
+    for name, p in model.named_parameters():
+        flat = p.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 16)].float().cpu()
+        look.update(f"{name}{tuple(p.shape)}{p.dtype}".encode() + some.numpy().tobytes())
+    known: dict[str, str] = vars(model).setdefault("_palimpsest_fingerprint", {})
+    if look.hexdigest() not in known:
+        whole = sha256()
+        for name, p in model.named_parameters():
+            if not p.numel():
+                raise ValueError(f"weight {name!r} is not whole on this process (ZeRO-3): gather the weights first")
+            whole.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+            whole.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        known.clear()
+        known[look.hexdigest()] = whole.hexdigest()
+    return known[look.hexdigest()]
+
+
+def second_moments(
+    backbone: Backbone, layers: Sequence[str], moments: Moments, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """C [f, f] in float32 of linear layers by name: from disk, or counted now, all layers in one go, and kept there.
+
+    Raises:
+        ValueError: for a name that is no linear layer, and for a text that cannot be read or is too short.
+    """
+    for name in layers:
+        linear(backbone.model, name)
+    files = {name: moments.file(backbone, name) for name in layers}
+    missing = [name for name, file in files.items() if not file.is_file()]
+    found = count(backbone, missing, moments, progress) if missing else {}
+    for name, (matrix, tokens, ids) in found.items():
+        about = {"layer": name, "text": moments.text, "tokens": str(tokens), "sample": ids}
+        _write(files[name], {"moments": matrix}, about)
+    return {name: _read(file)["moments"].to(backbone.device) for name, file in files.items()}
+
+
+@torch.no_grad()
+def count(
+    backbone: Backbone, layers: Sequence[str], moments: Moments, progress: Progress | None = None
+) -> dict[str, tuple[Tensor, int, str]]:
+    """Second moments [f, f], the number of tokens, and the hash of their ids, by layer; nothing is kept."""
+    room = getattr(backbone.model.config, "max_position_embeddings", None) or moments.length
+    length = min(moments.length, room)
+    wide = getattr(torch, moments.accumulate)
+    sums = {n: torch.zeros(shape(backbone.model, n)[0], dtype=wide, device=backbone.device) for n in layers}
+    sums = {n: torch.diag(s) for n, s in sums.items()}
+    done, ids_seen, batch = 0, sha256(), []
+
+    def run(rows: list[tuple[int, ...]]) -> int:
+        ids, mask = (t.to(backbone.device) for t in pad(rows, pad_id(backbone.tokenizer)))
+        with _summing(backbone.model, sums, mask.bool()):
+            backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return int(mask.sum())
+
+    for row in _windows(backbone, moments, length):
+        ids_seen.update(str(row).encode())
+        batch.append(row)
+        if len(batch) == moments.batch:
+            done += run(batch)
+            batch = []
+            if progress:
+                progress(done, moments.tokens)
+    if batch:
+        done += run(batch)
+    if progress:
+        progress(done, moments.tokens)
+    narrow = [name for name, s in sums.items() if done < len(s)]
+    if narrow:
+        raise ValueError(
+            f"{done:,} tokens of {moments.text!r} are too few for the {len(sums[narrow[0]]):,} inputs of {narrow[0]}; "
+            "give a longer text, or raise moments.tokens to some times that number"
+        )
+    return {name: ((s / done).float(), done, ids_seen.hexdigest()) for name, s in sums.items()}
+
+
+def null_space(
+    backbone: Backbone, layer: str, moments: Moments, threshold: float, relative: bool = False
+) -> tuple[Tensor, int]:
+    """Directions that ordinary inputs of a layer hardly use, as their complement (AlphaEdit, arXiv 2410.02355, 3.2).
+
+    Args:
+        threshold: eigenvalues of the second moments below it count as unused. The paper's .02 is in units of the
+            model's own activations, so the share that is left differs from model to model: it is returned.
+        relative: threshold is in units of the mean eigenvalue instead.
+
+    Returns:
+        An orthonormal basis [f, r] of the directions that are used, and the rank f - r that is left to edits.
+
+    Raises:
+        ValueError: where none is left.
+    """
+    file = moments.file(backbone, layer, f"used-{threshold:g}{'r' if relative else ''}")
+    if not file.is_file():
+        matrix = second_moments(backbone, [layer], moments)[layer].double()
+        values, vectors = torch.linalg.eigh(matrix)
+        limit = threshold * float(values.mean()) if relative else threshold
+        used = vectors[:, values >= limit]
+        _write(file, {"basis": used.float()}, {"layer": layer, "retained_rank": str(len(matrix) - used.shape[1])})
+    basis = _read(file)["basis"].to(backbone.device)
+    rank = basis.shape[0] - basis.shape[1]
+    if rank == 0:
+        raise ValueError(
+            f"no direction of {layer} has a second moment below {threshold}: nothing can be edited there. Raise the "
+            "threshold, or set relative: true, which counts in units of the mean"
+        )
+    return basis, rank
+
+
+def _windows(backbone: Backbone, moments: Moments, length: int) -> Iterator[tuple[int, ...]]:
+    if moments.text != "model":
+        texts = read_texts(moments.text, moments.field, moments.seed)
+        yield from windows(backbone.tokenizer, texts, length, moments.tokens)
+        return
+    generator = torch.Generator().manual_seed(moments.seed)
+    left = moments.tokens
+    while left > 0:
+        for row in sample(backbone, [start_ids(backbone, "")] * moments.batch, length, None, generator):
+            if left > 0:
+                yield tuple(row[:left])
+                left -= len(row)
+
+
+class _summing:
+    """Add the outer products of what goes into linear layers, at real tokens, to sums [f, f]; then stop."""
+
+    def __init__(self, model: nn.Module, sums: Mapping[str, Tensor], mask: Tensor) -> None:
+        self.model, self.sums, self.mask, self.left = model, sums, mask, len(sums)
+
+    def __enter__(self) -> None:
+        self.handles = [
+            linear(self.model, name).register_forward_pre_hook(self._hook(total)) for name, total in self.sums.items()
+        ]
+
+    def __exit__(self, kind: type | None, *_: object) -> bool:
+        for handle in self.handles:
+            handle.remove()
+        return kind is Enough
+
+    def _hook(self, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            keys = args[0][self.mask]
+            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # [n, f]
+            total.add_((keys.T @ keys).to(total.dtype))
+            self.left -= 1
+            if not self.left:
+                raise Enough
+
+        return add
+
+
+def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")  # processes that share a folder never see half a file
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, metadata=about)
+    os.replace(part, file)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}; remove it, and it is made again") from error

@@ -1,0 +1,240 @@
+"""Value vectors: what a layer must add at the subject's last token for the model to say the target (v* of ROME, z* of
+MEMIT), for many edits at once.
+
+Each edit has a change of its own, added at the subject's last token of all its prompts, its own Adam and its own stop;
+its loss is of its own rows alone, so that many edits in one batch find what each finds by itself.
+
+    loss = mean over contexts of the target's mean NLL + kl_factor * KL(edited || unedited) of what follows
+           "{subject} is a" + weight_decay * ||delta|| / ||v0||^p
+    after every step ||delta|| <= clamp * ||v0||
+
+Sources: ROME (arXiv 2202.05262, eq. 4) and MEMIT (arXiv 2210.07229, eq. 16) with the losses of their released code;
+EAC: Xu et al. 2025, section 5. The head reads the last layer, as in all released settings.
+
+E edits, p places, d hidden width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from datamodules.records import EditRequest
+from modules.backbone import Backbone
+from modules.training_free.prepared import Prepared, Prompt, prepare
+from modules.training_free.subject import Row, row, subject_states
+from modules.training_free.value_options import EAC, Place, ValueOptions
+
+
+class Values(NamedTuple):
+    """Found changes delta [E, p, d] and the unedited outputs v0 [E, p, d] they are added to; last losses and updates
+    made [E]."""
+
+    delta: Tensor
+    initial: Tensor
+    loss: Tensor
+    updates: Tensor
+
+
+@dataclass
+class _Elastic:
+    """What stage 2 of EAC adds: coordinates that are kept [E, p, d], the weights of the L1 norm, and its strengths."""
+
+    keep: Tensor
+    weight: Tensor
+    l1: float
+    l2: float | None
+
+
+@dataclass
+class _Search:
+    """The loss of every edit as a function of its change."""
+
+    backbone: Backbone
+    rows: list[Prepared]
+    initial: Tensor
+    place: Place
+    layer: int
+    options: ValueOptions
+    norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.norm = self.initial.norm(dim=-1)  # [E, p]
+
+    def gradient(self, delta: Tensor, active: Tensor, elastic: _Elastic | None) -> tuple[Tensor, Tensor]:
+        """Losses [E] and their gradients [E, p, d]; those of edits that are not active are 0."""
+        delta = delta.detach().requires_grad_()
+        penalty = torch.where(active, self._penalty(delta, elastic), 0)
+        total, gradient = penalty.detach(), torch.autograd.grad(penalty.sum(), delta)[0]
+        for rows in self.rows:
+            with _added(self.backbone, self.place, self.layer, delta, rows.edit):
+                adding = (lambda x, e=rows.edit: _add(x, delta[:, 0][e])) if self._before else (lambda x: x)
+                losses = rows.losses(self.backbone, adding, len(delta))
+            gradient = gradient + torch.autograd.grad(losses.sum(), delta)[0]
+            total = total + losses.detach()
+        return total, gradient
+
+    @property
+    def _before(self) -> bool:
+        """Whether the change is added to what comes into the first layer that runs, not to outputs inside of it."""
+        return self.place != "attention and mlp" and self.layer + 1 < len(self.backbone.layers)
+
+    def _penalty(self, delta: Tensor, elastic: _Elastic | None) -> Tensor:
+        size = (delta.square().sum(-1) + torch.finfo(delta.dtype).tiny).sqrt()  # a gradient at 0, too
+        power = 2 if self.options.decay == "released" else 1
+        decay = self.options.weight_decay * (size / self.norm**power).sum(-1)
+        if elastic is None:
+            return decay
+        if elastic.l2 is not None:
+            decay = elastic.l2 * delta.square().sum((-1, -2))
+        return decay + elastic.l1 * (elastic.weight * delta.abs() * elastic.keep).sum((-1, -2))
+
+    def drop(self, active: Tensor) -> None:
+        """Take the rows of edits that are done out of the batch."""
+        self.rows = [kept for rows in self.rows if (kept := rows.keep(active)) is not None]
+
+
+def find_values(
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    layer: int,
+    place: Place,
+    options: ValueOptions,
+) -> Values:
+    """Optimise the value vectors of edits, of the model as it is edited now.
+
+    Args:
+        prefixes: text before the prompt; the first is "".
+        layer: the decoder layer.
+        place: what the change is added to, and what v0 is: the output of the layer's MLP (ROME), of the layer (MEMIT),
+            or of its attention and of its MLP (PMET), which makes p = 2.
+
+    Raises:
+        ValueError: where a prompt lacks its subject or does not fit the context window.
+        FloatingPointError: where a loss is no number; it names the edit.
+    """
+    prompts = [
+        Prompt(row(backbone, r.prompt, str(r.subject), r.target, prefix), e, 1 / len(prefixes))
+        for e, r in enumerate(requests)
+        for prefix in prefixes
+    ]
+    if options.kl_factor:
+        prompts += [
+            Prompt(row(backbone, f"{r.subject} is a", str(r.subject)), e, options.kl_factor, drift=True)
+            for e, r in enumerate(requests)
+        ]
+    bare = [row(backbone, r.prompt, str(r.subject)) for r in requests]
+    with torch.inference_mode(False), torch.enable_grad(), _evaluating(backbone):
+        initial = initial_outputs(backbone, bare, layer, place)  # [E, p, d]
+        inside = place == "attention and mlp" or layer + 1 == len(backbone.layers)
+        start = layer if inside else layer + 1
+        search = _Search(backbone, prepare(backbone, prompts, start, options.chunk), initial, place, layer, options)
+        zero = torch.zeros_like(initial)
+        if options.eac is None:
+            return _descend(search, zero, options.steps, None, requests)[0]
+        return _compress(search, zero, options.eac, requests)
+
+
+def initial_outputs(backbone: Backbone, rows: Sequence[Row], layer: int, place: Place) -> Tensor:
+    """What stands now at the subjects' last tokens where a change would be added [E, p, d]."""
+    names = place_names(backbone, layer, place)
+    states = subject_states(backbone, rows, [], names)
+    return torch.stack([states[name] for name in names], dim=1)
+
+
+def place_names(backbone: Backbone, layer: int, place: Place) -> list[str]:
+    """The modules whose outputs a change is added to."""
+    stem = f"{backbone.parts.layers}.{layer}"
+    down = f"{stem}.{backbone.parts.down}"
+    return {"mlp": [down], "layer": [stem], "attention and mlp": [f"{stem}.{backbone.parts.attention}", down]}[place]
+
+
+def _descend(
+    search: _Search, delta: Tensor, steps: int, elastic: _Elastic | None, requests: Sequence[EditRequest]
+) -> tuple[Values, Tensor]:
+    """Adam from `delta` on; also the mean gradient of each edit's steps [E, p, d]."""
+    options, rows = search.options, search.rows
+    mean, square, summed = (torch.zeros_like(delta) for _ in range(3))
+    active = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
+    last = delta.new_zeros(len(delta))
+    updates = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
+    seen = updates.clone()
+    for step in range(1, steps + 1):
+        loss, gradient = search.gradient(delta, active, elastic)
+        if not bool(loss[active].isfinite().all()):
+            wrong = int((active & ~loss.isfinite()).nonzero()[0])
+            raise FloatingPointError(f"the loss of a value vector is no number: {requests[wrong].statement!r}")
+        last = torch.where(active, loss, last)
+        summed, seen = summed + gradient, seen + active
+        going = active & (loss >= options.stop)
+        if not bool(going.any()) or step == steps:
+            break
+        if bool((going != active).any()):
+            search.drop(going)
+        active = going
+        if elastic is not None:
+            gradient = gradient * elastic.keep
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient.square()
+        moved = delta - options.lr * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        limit = options.clamp * search.norm[..., None]
+        moved = moved * (limit / moved.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        delta = torch.where(active[:, None, None], moved, delta)
+        updates = updates + active
+    search.rows = rows  # a second stage begins with all of them
+    return Values(delta, search.initial, last, updates), summed / seen.clamp(min=1)[:, None, None]
+
+
+def _compress(search: _Search, zero: Tensor, eac: EAC, requests: Sequence[EditRequest]) -> Values:
+    """The two stages of EAC. An edit that needs no update has no scores, and needs none in stage 2 either."""
+    first, gradient = _descend(search, zero, eac.first_steps, None, requests)
+    score = (gradient * first.delta).abs()
+    count = max(1, round(eac.keep * score.shape[-1]))
+    keep = torch.zeros_like(score).scatter(-1, score.topk(count).indices, 1.0)
+    start = first.delta * keep if eac.warm_start else zero
+    elastic = _Elastic(keep, 1 / (score + eac.epsilon), eac.l1, eac.l2)
+    return _descend(search, start, eac.steps, elastic, requests)[0]
+
+
+def _add(x: Tensor, delta: Tensor) -> Tensor:
+    """delta [R, d] at the first of the tokens [R, S, d], which is the subject's last."""
+    return torch.cat([x[:, :1] + delta[:, None].to(x.dtype), x[:, 1:]], dim=1)
+
+
+@contextmanager
+def _added(backbone: Backbone, place: Place, layer: int, delta: Tensor, edit: Tensor) -> Iterator[None]:
+    """Changes at outputs inside of the first layer that runs, where they are not added before it."""
+    names = place_names(backbone, layer, place)
+    if place != "attention and mlp" and layer + 1 < len(backbone.layers):
+        names = []
+
+    def hook(i: int) -> Any:
+        def add(_: Any, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (_add(output[0], delta[:, i][edit]), *output[1:])
+            return _add(output, delta[:, i][edit])
+
+        return add
+
+    handles = [backbone.model.get_submodule(n).register_forward_hook(hook(i)) for i, n in enumerate(names)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(backbone: Backbone) -> Iterator[None]:
+    """No dropout and no recomputation, which would throw the cached keys away; modes are put back after."""
+    training = [m for m in backbone.model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
