@@ -52,6 +52,11 @@ from modules.hypernetwork.module import GradientEditor  # noqa: E402
 from modules.interventions import LowRank, hooked, linear, low_rank  # noqa: E402
 from trainers.estimate.command import parsed  # noqa: E402
 
+CONFIGS = {
+    "smollm2": {"mend": "mend_smollm2.yaml", "ibke": "ibke_smollm2_zsre_counterfact.yaml"},
+    "random": {"mend": "mend_tiny.yaml", "ibke": "ibke_tiny.yaml"},
+}
+FACTS = {"format": "facts", "path": None, "options": {"split": "train"}, "limit": 2000}
 RANDOM = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
 TOLERANCE = {
     "float32": 5e-3,  # rounding, where it moves a clamp; in float64 they are 3e-9 apart (mend, SmolLM2, 4 edits)
@@ -84,10 +89,12 @@ class Subject:
 
 def build(given: argparse.Namespace) -> Run:
     """The module of a shipped config, calibrated, and moved from its start, where most gradients are zero."""
-    config = f"{given.method}_{'smollm2' if given.model == 'smollm2' else 'tiny'}.yaml"
     model = "--model.init_args.backbone."
     more = [] if given.model == "smollm2" else [f"{model}overrides={json.dumps(RANDOM)}"]
-    cli = parsed([f"--config={config}", f"{model}dtype={given.dtype}", *more])
+    config = CONFIGS[given.model][given.method]
+    cli = parsed(
+        [f"--config={config}", f"--data.init_args.train={json.dumps([FACTS])}", f"{model}dtype={given.dtype}", *more]
+    )
     module: Any = cli.model
     module.configure_model()
     module.deltas.backbone.model.to(given.device)
@@ -339,7 +346,7 @@ def memory(way: str) -> list[int]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="mend", help="whose configs are taken: mend, ibke")
+    parser.add_argument("--method", choices=CONFIGS["random"], default="mend")
     parser.add_argument("--model", choices=["smollm2", "random"], default="smollm2")
     parser.add_argument("--edits", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--repeats", type=int, default=3)
