@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -34,12 +35,9 @@ SHAPE = {
 EDIT, QUERY, RECORDS = 64, 128, 16
 MODEL = "--model.init_args."
 BASE = [
-    "--config=incomes_tiny.yaml",
     f"{MODEL}queries.max_edit_tokens={EDIT}",
     f"{MODEL}queries.max_query_tokens={QUERY}",
-    f"{MODEL}calibration_records=0",
     f"--data.init_args.records_per_batch={RECORDS}",
-    f"--data.init_args.pool_sizes=[{RECORDS}]",
     "--data.init_args.pool_rates=[1.0]",
     "--trainer.num_sanity_val_steps=0",
     "--checkpoint.at_end=false",
@@ -48,6 +46,13 @@ BASE = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+POOL = "--data.init_args.pool_sizes"
+HYPER = [f"{MODEL}layers.layers=[-2,-1]", f"{MODEL}calibration_records=1", f"{POOL}=[1]"]
+EDITORS = {
+    "incomes": ["--config=incomes_tiny.yaml", f"{MODEL}calibration_records=0", f"{POOL}=[{RECORDS}]"],
+    "mend": ["--config=mend_tiny.yaml", f"{MODEL}mend.rank=512", *HYPER],
+    "ibke": ["--config=ibke_tiny.yaml", f"{MODEL}ibke.width=256", *HYPER],
+}
 PUBLISHED = [f"{MODEL}gist.selection=qk", f"{MODEL}loss.golden_weight=0"]
 SMALL = SHAPE | {"num_hidden_layers": 2, "vocab_size": 16000}
 NOTHING = {
@@ -71,16 +76,45 @@ CASES: dict[str, list[str]] = {
     "full, two micro-batches": [*PUBLISHED, "--trainer.accumulate_grad_batches=2"],
     "full, ZeRO-2": [*PUBLISHED, "--config=zero2_cpu.yaml"],
     "small": PUBLISHED,
+    "mend": [],
+    "mend, checkpointing": CHECKPOINTING,
+    "mend, bf16 language model": [f"{MODEL}backbone.dtype=bfloat16"],
+    "mend, pools of 4": [f"{POOL}=[4]"],
+    "mend, two micro-batches": ["--trainer.accumulate_grad_batches=2"],
+    "mend, ZeRO-2": ["--config=zero2_cpu.yaml"],
+    "mend, small": [],
+    "ibke": [],
 }
 
 
-def write_data(folder: Path) -> Path:
+def write_pairs(folder: Path) -> dict[str, Any]:
     """Texts of bytes, one token each: a micro-batch has edits of the longest, and queries of the longest."""
     short = [{"edit": f"{i:02d}", "text": "q" * (QUERY - 3)} for i in range(50)]
     long = [{"edit": f"{i:02d}".rjust(EDIT, "e"), "text": "q" * (QUERY - EDIT - 1)} for i in range(50)]
     file = folder / "longest.json"
     file.write_text(json.dumps(short + long))
-    return file
+    return {"format": "pairs", "path": str(file), "options": {"edit": "edit", "text": "text"}}
+
+
+def write_records(folder: Path) -> dict[str, Any]:
+    """Records of which each edit and each query is of the longest, all but the first 12 bytes its answer."""
+    from datamodules.records import EditRecord, EditRequest, Query
+
+    def asked(start: str) -> tuple[Query, ...]:
+        return (Query(start.ljust(12), ("a" * (QUERY - 12),)),)
+
+    made = [
+        EditRecord(
+            id=f"longest/{i}",
+            requests=(EditRequest(f"{i:02d}".ljust(12), "a" * (EDIT - 12)),),
+            rephrases=asked(f"{i:02d} again"),
+            locality={"near": asked("other")},
+        )
+        for i in range(100)
+    ]
+    file = folder / "longest.jsonl"
+    file.write_text("\n".join(record.to_json() for record in made), encoding="utf-8")
+    return {"format": "records", "path": str(file), "options": {"on_error": "raise"}}
 
 
 def train(runs: list[list[str]]) -> None:
@@ -119,15 +153,16 @@ def compare(name: str, returned: Sequence[bool] = (False, True), steps: int = 2)
     from trainers.estimate.command import parsed
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"edit": "edit", "text": "text"}
-        source = [{"format": "pairs", "path": str(write_data(Path(folder))), "options": options}]
-        data = f"--data.init_args.train={json.dumps(source)}"
+        editor = next((e for e in EDITORS if name.split(",")[0] == e), "incomes")
+        source = (write_pairs if editor == "incomes" else write_records)(Path(folder))
+        data = f"--data.init_args.train={json.dumps([source])}"
 
         def run(shape: dict[str, int], number: int, *more: str) -> list[str]:
             model = f"{MODEL}backbone.overrides={json.dumps(shape)}"
-            return [*BASE, data, model, f"--run_dir={folder}/{number}", f"--trainer.max_steps={number}", *more]
+            steps = [f"--run_dir={folder}/{number}", f"--trainer.max_steps={number}"]
+            return [*EDITORS[editor], *BASE, data, model, *steps, *more]
 
-        given = run(SMALL if name == "small" else SHAPE, steps, *CASES[name])
+        given = run(SMALL if name.endswith("small") else SHAPE, steps, *CASES[name])
         found = estimate(parsed(given), 1, named("cpu"))
         measured = [measure([run(NOTHING, 1), given], kind)[1] for kind in returned]
     return found.total - found.components["process"], measured

@@ -1,9 +1,9 @@
 """GPUs by name: what memory they have for a job, and how fast they multiply.
 
 Memory is what CUDA reports as a device's total, in GiB, which is a little less than the name says. Peaks are dense bf16
-with fp32 accumulation, without sparsity, in TFLOP/s, from the vendor's data sheets: "NVIDIA A100 Tensor Core GPU",
-"NVIDIA H100 Tensor Core GPU", "NVIDIA H200 Tensor Core GPU", "NVIDIA L40S", "NVIDIA Ada GPU Architecture" (RTX 4090),
-"NVIDIA Ampere GA102 GPU Architecture" (RTX 3090); H20 as its vendors list it.
+with fp32 accumulation, without sparsity, and fp32 without TF32 (torch's default), in TFLOP/s, from the vendor's data
+sheets: "NVIDIA A100 Tensor Core GPU", "NVIDIA H100 Tensor Core GPU", "NVIDIA H200 Tensor Core GPU", "NVIDIA L40S",
+"NVIDIA Ada GPU Architecture" (RTX 4090), "NVIDIA Ampere GA102 GPU Architecture" (RTX 3090); H20 as its vendors list it.
 """
 
 from dataclasses import dataclass
@@ -20,26 +20,27 @@ class Card:
     Args:
         name: for people.
         memory: bytes that a process can use.
-        flops: peak of dense bf16 multiplications, FLOP/s; None where it is not known.
+        flops, wide_flops: peak of dense multiplications in bf16 and in fp32, FLOP/s; None where it is not known.
         cpu: the host itself, whose memory its processes share.
     """
 
     name: str
     memory: int
     flops: float | None = None
+    wide_flops: float | None = None
     cpu: bool = False
 
 
-_KNOWN = {  # GiB, TFLOP/s
-    "a100-40": (39.4, 312.0),
-    "a100-80": (79.2, 312.0),
-    "h100": (79.1, 989.4),
-    "h100-pcie": (79.1, 756.0),
-    "h200": (139.8, 989.4),
-    "h20": (95.1, 148.0),
-    "l40s": (44.4, 362.0),
-    "rtx4090": (23.5, 165.2),
-    "rtx3090": (23.5, 71.0),
+_KNOWN = {  # GiB, TFLOP/s in bf16 and in fp32
+    "a100-40": (39.4, 312.0, 19.5),
+    "a100-80": (79.2, 312.0, 19.5),
+    "h100": (79.1, 989.4, 66.9),
+    "h100-pcie": (79.1, 756.0, 51.2),
+    "h200": (139.8, 989.4, 66.9),
+    "h20": (95.1, 148.0, 44.0),
+    "l40s": (44.4, 362.0, 91.6),
+    "rtx4090": (23.5, 165.2, 82.6),
+    "rtx3090": (23.5, 71.0, 35.6),
 }
 _ALSO = {
     "a100": "a100-80",
@@ -65,8 +66,8 @@ def named(name: str) -> Card:
     key = _ALSO.get(key, key)
     if key not in _KNOWN:
         raise ValueError(f"--gpu {name}: not in the table ({', '.join([*_KNOWN, 'cpu'])}); or give --gpu_memory GIB")
-    gib, tflops = _KNOWN[key]
-    return Card(key.upper(), int(gib * GIB), tflops * 1e12)
+    gib, tflops, wide = _KNOWN[key]
+    return Card(key.upper(), int(gib * GIB), tflops * 1e12, wide * 1e12)
 
 
 def sized(gib: float) -> Card:

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from modules.gist.batch import GistBatch
-from modules.trained import InComeS
+from trainers.estimate.families import Family
 from trainers.estimate.plan import Plan
 from trainers.estimate.shape import shape_of
 from trainers.estimate.weightless import Weightless
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Counts:
-    """The parameters of a module and its teacher.
+    """The parameters of a module and of the frozen language model beside it.
 
     Args:
         parts: by what they are for.
@@ -41,10 +41,13 @@ class Counts:
         largest: elements of the largest trained parameter.
         bytes, trained_bytes: of the module, as it trains.
         outside: elements that stage 3 holds whole through a step: they are read outside their submodule.
-        teacher: elements of the frozen copy; 0 where the teacher is the model itself.
-        teacher_bytes: of that copy.
-        teacher_head_bytes: of its output head, where that is not the embedding too.
-        loaded_bytes: of model and teacher together, as they are loaded.
+        frozen: elements of the frozen language model beside the module; 0 where there is none, as where the teacher is
+            the model itself.
+        frozen_bytes: of that model.
+        frozen_head_bytes: of its output head, where that is not the embedding too.
+        loaded_bytes: of both together, as they are loaded.
+        buffers: bytes of the module's, such as running statistics.
+        frozen_name: what the frozen model is for.
     """
 
     parts: dict[str, Part]
@@ -54,10 +57,12 @@ class Counts:
     bytes: int
     trained_bytes: int
     outside: int
-    teacher: int
-    teacher_bytes: int
-    teacher_head_bytes: int
+    frozen: int
+    frozen_bytes: int
+    frozen_head_bytes: int
     loaded_bytes: int
+    buffers: int = 0
+    frozen_name: str = "teacher"
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class Step:
     Args:
         peak: bytes besides parameters at the step's largest moment, by what they are for.
         flops: of all multiplications, repeated ones too.
-        tokens: positions of edits and queries, which the student reads.
+        wide_flops: those of them that are of 32 bits or more.
+        tokens: positions of edits and queries.
     """
 
     peak: Counter[str]
     flops: int
+    wide_flops: int
     tokens: int
 
 
@@ -85,12 +92,12 @@ def measure(plan: Plan) -> tuple[Counts, Step]:
     Raises:
         ValueError: where the backbone's shape cannot be had, or the module's settings exclude each other.
     """
-    m = plan.module
-    settings = (m.backbone_config, m.gist_config, m.queries, m.loss, m.lora, m.train_part, m.reader, m.teacher_dtype)
+    settings = plan.family.settings(plan.module)
     keeps = plan.sharding.stage is None
     run = (
-        m.gradient_checkpointing,
+        plan.module.gradient_checkpointing,
         plan.records,
+        plan.pool,
         plan.cast,
         plan.autocast,
         plan.card.cpu,
@@ -115,7 +122,7 @@ def count(plan: Plan) -> Counts:
 
 
 @contextmanager
-def _built(plan: Plan) -> Iterator[tuple[InComeS, Weightless, Counts]]:
+def _built(plan: Plan) -> Iterator[tuple[Any, Weightless, Counts]]:
     module = copy.deepcopy(plan.module)
     module.backbone_config = shape_of(module.backbone_config)
     module.__dict__.pop("tokenizer", None)  # the new source has one of its own, at hand anywhere
@@ -125,13 +132,14 @@ def _built(plan: Plan) -> Iterator[tuple[InComeS, Weightless, Counts]]:
         warnings.simplefilter("ignore")
         with mode.kind("parameters"):
             module.configure_model()
-            loaded = _bytes(module.gists) + _bytes(module._outside.get("teacher"))
+            trained = plan.family.trained(module)
+            loaded = _bytes(trained) + _bytes(plan.family.frozen(module))
             if plan.cast is not None:
-                module.gists.to(plan.cast)
-        yield module, mode, _counts(module, loaded)
+                trained.to(plan.cast)
+        yield module, mode, _counts(plan.family, module, loaded)
 
 
-def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
+def _step(plan: Plan, module: Any, mode: Weightless, keeps: bool) -> Step:
     """Without DeepSpeed gradients stay with their parameters. They are there already in the forward pass, for Lightning
     drops the last step's after it. With DeepSpeed they go to its buffers one by one, which are counted elsewhere."""
 
@@ -141,85 +149,38 @@ def _step(plan: Plan, module: InComeS, mode: Weightless, keeps: bool) -> Step:
         else:
             p.grad = None
 
-    for p in module.gists.parameters():
+    family = plan.family
+    for p in family.trained(module).parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(arrived)
             if keeps:
                 with mode.kind("gradients"):
                     p.grad = torch.empty_like(p)
-    teach = module._teach
-
-    def taught(*args: object) -> object:
-        with mode.kind("teacher's forward"):
-            return teach(*args)  # type: ignore[arg-type]
-
     with mode.kind("batch"):
-        batch = largest_batch(module, plan.records)
-    mode.wide = int(module.gists.language_model.config.vocab_size)  # type: ignore[union-attr]
+        batch = family.batch(plan, module)
+    mode.wide = int(family.language_model(module).config.vocab_size)
     mode.begin()
-    with mode.kind("activations"), patch.object(module, "_teach", taught):
+    with mode.kind("activations"), family.watched(module, batch, mode):
         with torch.autocast("cpu", plan.autocast or torch.bfloat16, enabled=plan.autocast is not None):
-            loss = module.losses(batch, batch.visible)["loss"]
+            loss = family.loss(module, batch)
         if plan.accumulate == 1:
             module.zero_grad()
         torch.autograd.backward([loss])
     peak = Counter({kind: size for kind, size in mode.peak.items() if size and kind not in ("parameters", "other")})
-    return Step(peak, mode.flops, batch.edits.numel() + batch.queries.numel())
+    return Step(peak, mode.flops, mode.wide_flops, batch.edits.numel() + batch.queries.numel())
 
 
-def largest_batch(module: InComeS, records: int) -> GistBatch:
-    """As many edits as records, padded to the longest edit, and their queries, padded to the longest query.
-
-    A short edit leaves the most room for a query: the limit is on both together, with a line break between them.
-    """
-    limits = module.queries
-    n, b = records, records * limits.per_record
-    edit, query = limits.max_edit_tokens, limits.max_query_tokens - 2
-    both = limits.max_query_tokens + query  # the teacher's row: edit and query, then the query alone
-
-    def ids(rows: int, tokens: int) -> Tensor:
-        return torch.ones(rows, tokens, dtype=torch.long)
-
-    edits_mask, queries_mask, blocks = ids(n, edit), ids(b, query), ids(b, both)
-    edits_mask[0, -1] = queries_mask[0, -1] = 0  # a batch without padding would need no mask
-    blocks[:, -query:] = 2
-    answer = torch.arange(query).expand(b, -1) >= min(query // 2, 12)
-    return GistBatch(
-        edits=ids(n, edit),
-        edits_mask=edits_mask,
-        queries=ids(b, query),
-        queries_mask=queries_mask,
-        golden=torch.arange(b) // limits.per_record,
-        visible=torch.ones(b, n, dtype=torch.bool),
-        answer=answer,
-        teacher=ids(b, both),
-        teacher_positions=torch.arange(both).expand(b, -1) % limits.max_query_tokens,
-        teacher_blocks=blocks,
-        with_edit=torch.full((b,), 2),
-        alone=torch.full((b,), limits.max_query_tokens),
-        records=["longest"] * n,
-    )
-
-
-def _counts(module: InComeS, loaded: int) -> Counts:
-    model = module.gists
-    language = model.language_model
-    embedding, head = (_weights(part) for part in (language.get_input_embeddings(), language.get_output_embeddings()))
+def _counts(family: Family, module: Any, loaded: int) -> Counts:
+    model, frozen = family.trained(module), family.frozen(module)
     parts: dict[str, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        if name.startswith("language_model."):
-            low = "adapters" if "lora_" in name else "layers"
-            part = "embeddings" if id(p) in embedding else "output head" if id(p) in head else low
-        else:
-            part = "gist token" if name == "gist_embedding" else "selection"
-        parts.setdefault(part, []).append(p)
+        parts.setdefault(family.part(module, name, p), []).append(p)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    teacher = module._outside.get("teacher")
     alone = 0
-    if teacher is not None:
-        inner = {id(p) for p in teacher.base_model.parameters()}
-        alone = sum(p.nbytes for p in teacher.parameters() if id(p) not in inner)
+    if frozen is not None:
+        inner = {id(p) for p in frozen.base_model.parameters()}
+        alone = sum(p.nbytes for p in frozen.parameters() if id(p) not in inner)
     return Counts(
         parts={
             part: Part(sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad))
@@ -230,16 +191,14 @@ def _counts(module: InComeS, loaded: int) -> Counts:
         largest=max(p.numel() for p in trained),
         bytes=_bytes(model),
         trained_bytes=sum(p.nbytes for p in trained),
-        outside=model.gist_embedding.numel() + sum(p.numel() for p in head.values()),
-        teacher=sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0,
-        teacher_bytes=_bytes(teacher),
-        teacher_head_bytes=alone,
+        outside=family.outside(module),
+        frozen=sum(p.numel() for p in frozen.parameters()) if frozen is not None else 0,
+        frozen_bytes=_bytes(frozen),
+        frozen_head_bytes=alone,
         loaded_bytes=loaded,
+        buffers=sum(b.nbytes for b in model.buffers()),
+        frozen_name=family.frozen_name,
     )
-
-
-def _weights(part: object) -> dict[int, nn.Parameter]:
-    return {id(p): p for p in part.parameters()} if isinstance(part, nn.Module) else {}
 
 
 def _bytes(module: nn.Module | None) -> int:

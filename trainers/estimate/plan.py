@@ -3,14 +3,15 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from modules.trained import InComeS
 from trainers.cli import TrainingCLI
 from trainers.estimate.cards import Card
+from trainers.estimate.families import Family, family_of
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 
@@ -54,7 +55,7 @@ class Plan:
         steps: `max_steps`; None where it is not set.
     """
 
-    module: InComeS = field(repr=False)
+    module: Any = field(repr=False)
     records: int
     pool: int
     accumulate: int
@@ -65,6 +66,11 @@ class Plan:
     workers: int
     steps: int | None
     card: Card
+
+    @property
+    def family(self) -> Family:
+        """What is known of modules like this one."""
+        return family_of(self.module)
 
     @property
     def compute(self) -> torch.dtype:
@@ -100,9 +106,9 @@ def plan_of(cli: TrainingCLI, gpus: int, card: Card) -> Plan:
     Raises:
         ValueError: for an editor, a precision or a strategy whose memory is not known here.
     """
-    module, data, trainer = cli.model, cli.datamodule, cli.config_init["trainer"]
-    if not isinstance(module, InComeS):
-        raise ValueError(f"the dry run knows InComeS, not {type(module).__name__} (model.class_path)")
+    module: Any = cli.model
+    data, trainer = cli.datamodule, cli.config_init["trainer"]
+    family_of(module)
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     precision = str(trainer["precision"] or "32-true")
@@ -111,7 +117,7 @@ def plan_of(cli: TrainingCLI, gpus: int, card: Card) -> Plan:
         raise ValueError(f"the dry run does not know trainer.precision {precision}; choose among bf16, 16 and 32")
     used = [size for size, rate in zip(data.pool_sizes, data.pool_rates, strict=True) if rate]
     steps = trainer["max_steps"]
-    return Plan(
+    plan = Plan(
         module=module,
         records=data.records_per_batch,
         pool=min(max(used), data.records_per_batch),
@@ -124,6 +130,10 @@ def plan_of(cli: TrainingCLI, gpus: int, card: Card) -> Plan:
         steps=steps if steps and steps > 0 else None,
         card=card,
     )
+    if hasattr(module, "check"):  # what the module itself would refuse
+        strategy = SimpleNamespace() if plan.sharding.stage is None else SimpleNamespace(hold=None)
+        module.check(SimpleNamespace(precision=precision, strategy=strategy))
+    return plan
 
 
 def sharding_of(strategy: Any) -> Sharding:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 import yaml
 
 from trainers.cli import find_config
 from trainers.estimate.cards import GIB
+from trainers.estimate.families import MODEL
 from trainers.estimate.plan import Plan, Sharding, records_of, sharding_of
 from trainers.estimate.totals import VALIDATION, Estimate, estimate_plan
 from trainers.strategies import Zero
@@ -84,7 +83,8 @@ def together(found: Estimate) -> list[Remedy]:
     now = found
 
     def worth(remedy: Remedy) -> tuple[bool, bool, int]:
-        same = remedy.found.plan.module.train_part == now.plan.module.train_part
+        plan = remedy.found.plan
+        same = plan.family.what(plan.module) == plan.family.what(now.plan.module)
         return remedy.found.fits, same and remedy.saves > now.total // 50, remedy.saves
 
     while not now.fits:
@@ -106,12 +106,12 @@ def _each(found: Estimate) -> Iterator[Remedy]:
 
 def _changes(found: Estimate) -> Iterator[tuple[str, Plan]]:
     """Changes that are open to a plan, from those that leave the result as it is to those that train something else."""
-    plan, module, model = found.plan, found.plan.module, "--model.init_args."
+    plan = found.plan
     if found.moment == VALIDATION:
         free = replace(plan.sharding, gather_for_validation=False)
         yield "--trainer.strategy.init_args.gather_for_validation false", plan.altered(sharding=free)
-    if not module.gradient_checkpointing:
-        yield f"{model}gradient_checkpointing true", plan.altered(gradient_checkpointing=True)
+    if not plan.module.gradient_checkpointing:
+        yield f"{MODEL}gradient_checkpointing true", plan.altered(gradient_checkpointing=True)
     for records in records_of(plan):
         times = plan.accumulate * plan.records // records
         cut = f" (pools of at most {records})" if records < plan.pool else ""
@@ -119,17 +119,7 @@ def _changes(found: Estimate) -> Iterator[tuple[str, Plan]]:
         yield arguments, plan.altered(records=records, pool=min(plan.pool, records), accumulate=times)
     if not plan.card.cpu:
         yield from _shared_out(plan)
-    if found.counts.teacher_bytes == 4 * found.counts.teacher > 0 and module.reader == "student":
-        yield f"{model}teacher_dtype bfloat16", plan.altered(teacher_dtype="bfloat16")
-    if plan.compute == torch.float32 and not plan.card.cpu:
-        yield "--trainer.precision bf16-mixed", plan.altered(precision="bf16-mixed")
-    if module.train_part != "lora":
-        lora: dict[str, Any] = {"train_part": "lora"}
-        arguments = f"{model}train lora"
-        if module.reader == "original" and module.gradient_checkpointing:
-            lora["gradient_checkpointing"] = False
-            arguments += f" {model}gradient_checkpointing false"
-        yield arguments, plan.altered(**lora)
+    yield from plan.family.changes(found)
 
 
 def _shared_out(plan: Plan) -> Iterator[tuple[str, Plan]]:

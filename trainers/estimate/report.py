@@ -23,17 +23,17 @@ def _parameters(found: Estimate) -> Table:
         table.add_row(name, f"{part.all:,}", f"{part.trained:,}")
     table.add_section()
     table.add_row("all", f"{sum(found.counts.sizes):,}", f"{found.counts.trained:,}")
-    if found.counts.teacher:
-        table.add_row("teacher, a copy", f"{found.counts.teacher:,}", "0")
+    if found.counts.frozen:
+        table.add_row(f"{found.counts.frozen_name}, beside it", f"{found.counts.frozen:,}", "0")
     return table
 
 
 def _memory(found: Estimate) -> Table:
     plan = found.plan
     where = "process" if plan.card.cpu else "GPU"
-    limits = plan.module.queries
+    limits, queries = plan.module.queries, plan.family.queries(plan.module)
     largest = (
-        f"{plan.records} edits and {plan.records * limits.per_record} queries, the longest that queries."
+        f"{plan.records} edits and {plan.records * queries} queries, the longest that queries."
         f"max_edit_tokens {limits.max_edit_tokens} and max_query_tokens {limits.max_query_tokens} allow"
     )
     table = Table("GiB", title=f"Memory of one {where} of {plan.gpus}; a micro-batch: {largest}", title_justify="left")
@@ -55,14 +55,15 @@ def _host(found: Estimate) -> list[str]:
 
 
 def _speed(found: Estimate) -> str:
-    work = f"{found.flops / 1e9:.1f} GFLOP a token ({found.flops / sum(found.counts.sizes):.1f} a parameter)"
+    work = f"{found.flops / 1e9:.1f} GFLOP a token"
     if found.tokens_per_second is None:
         return f"Speed: not estimated, which needs a card with a name, 16-bit precision and no offload; {work}"
     each = found.tokens_per_second / found.plan.gpus
     hours = f"; {found.hours:.1f} h for {found.plan.steps:,} steps of {found.tokens:,} tokens" if found.hours else ""
     return (
         f"Speed: {found.tokens_per_second:,.0f} tokens/s, {each:,.0f} a GPU{hours}; {work}. Assumed, not measured: "
-        f"{UTILISATION:.0%} of the card's peak, texts of the longest, no padding, no waiting for data or other GPUs"
+        f"{UTILISATION:.0%} of the card's peak in bf16 and in fp32, texts of the longest, no padding, no waiting for "
+        "data or other GPUs"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run holds besides activations: weights, gradients, optimizer states, teacher, buffers; by formula.
+"""What a run holds besides activations: weights, gradients, optimizer states, frozen model, buffers; by formula.
 
 P trained parameters, W processes, e bytes of a parameter as it trains.
 """
@@ -53,13 +53,14 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
     A bucket is `reduce_bucket_size` elements; one more than the buckets that fill is the copy that is sent.
     `allgather_bucket_size` costs nothing: DeepSpeed 0.19 gathers into the weights themselves. With `offload_optimizer`
     optimizer states and gradients are the host's: there 16 + e bytes a trained parameter / W, and on the GPU one
-    gradient, the largest. A teacher is whole on each process unless `partition_teacher`.
+    gradient, the largest. The frozen model is whole on each process unless `partition_teacher`.
     """
-    p, w = counts.trained, world
+    p, w, frozen = counts.trained, world, counts.frozen_name
     e = counts.trained_bytes // p
     if sharding.stage is None:
-        always = {"weights": counts.bytes, "optimizer": 2 * counts.trained_bytes, "teacher": counts.teacher_bytes}
+        always = {"weights": counts.bytes, "optimizer": 2 * counts.trained_bytes, frozen: counts.frozen_bytes}
         always |= {"buckets": counts.trained_bytes} if w > 1 else {}
+        always |= {"buffers": counts.buffers} if counts.buffers else {}
         return State(always, {}, {"gradients": counts.trained_bytes, "update": counts.trained_bytes}, {}, {})
     third = sharding.stage == 3
     gradients = e * p if sharding.stage == 1 else -(-e * p // w)
@@ -68,7 +69,8 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
     in_step = {"buckets": e * (sharding.buckets * sharding.reduce_bucket + sent)}
     if sharding.stage == 2 and accumulate > 1 and not sharding.offload_optimizer:
         in_step["accumulation"] = gradients
-    always = {"weights": counts.bytes, "gradients": gradients, "optimizer": states, "teacher": counts.teacher_bytes}
+    always = {"weights": counts.bytes, "gradients": gradients, "optimizer": states, frozen: counts.frozen_bytes}
+    always |= {"buffers": counts.buffers} if counts.buffers else {}
     in_update = {"update": (4 if e == 4 else e + 4) * p // w}
     in_validation: dict[str, int] = {}
     host: dict[str, int] = {}
@@ -76,10 +78,11 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
         shards, gathered, whole = _third(counts, sharding, w)
         always |= {"weights": shards}
         in_step["gathered weights"] = gathered
-        if sharding.partition_teacher:
-            decoder = counts.teacher_bytes - counts.teacher_head_bytes
-            always["teacher"] = counts.teacher_head_bytes + decoder // w
-            in_step["gathered weights"] += min(decoder, sharding.max_live * e) if w > 1 else 0
+        if sharding.partition_teacher and counts.frozen:
+            decoder = counts.frozen_bytes - counts.frozen_head_bytes
+            always[frozen] = counts.frozen_head_bytes + decoder // w
+            live = sharding.max_live * counts.frozen_bytes // counts.frozen
+            in_step["gathered weights"] += min(decoder, live) if w > 1 else 0
             whole += decoder
         if sharding.gather_for_validation and w > 1:
             in_validation = {"gathered weights": whole}

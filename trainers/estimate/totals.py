@@ -21,8 +21,9 @@ from trainers.estimate.state import (
 )
 
 UTILISATION = 0.4
-"""Assumed share of the card's dense bf16 peak that all multiplications reach together, those repeated by checkpointing
-too. Published training runs of 1-8B models reach 0.33 to 0.58 (torchtitan, LLM-Foundry, litgpt)."""
+"""Assumed share of the card's dense peak, in their own precision, that all multiplications reach together, those
+repeated by checkpointing too. Published training runs of 1-8B models reach 0.33 to 0.58 in bf16 (torchtitan,
+LLM-Foundry, litgpt)."""
 
 LOADING, STEP, UPDATE, VALIDATION = "loading", "forward and backward", "optimizer", "validation"
 
@@ -35,7 +36,7 @@ class Estimate:
         moments: components of each moment.
         host: components of one machine's memory.
         tokens: edit and query tokens of an optimizer step of the whole job, all texts being the longest.
-        flops: of one such token, the teacher's and repeated ones too.
+        flops: of one such token, those of the unedited model and repeated ones too.
         tokens_per_second: of the whole job; None where the card's speed is not known, or not what limits.
     """
 
@@ -95,8 +96,10 @@ def estimate_plan(plan: Plan) -> Estimate:
     flops = step.flops / step.tokens
     speed = None
     sixteen = plan.compute in (torch.bfloat16, torch.float16)
-    if plan.card.flops and sixteen and not (plan.sharding.offload_optimizer or plan.sharding.offload_parameters):
-        speed = plan.gpus * UTILISATION * plan.card.flops / flops
+    offloads = plan.sharding.offload_optimizer or plan.sharding.offload_parameters
+    if plan.card.flops and plan.card.wide_flops and sixteen and not offloads:
+        seconds = (step.flops - step.wide_flops) / plan.card.flops + step.wide_flops / plan.card.wide_flops
+        speed = plan.gpus * UTILISATION * step.tokens / seconds
     return Estimate(
         plan=plan,
         counts=counts,
@@ -120,7 +123,7 @@ def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, d
     moving = _sum(in_step, step.peak)
     moving["fragments"] = int((HOST_FRAGMENTS if on_cpu else FRAGMENTS) * sum(moving.values()))
     found = {
-        LOADING: {"weights": counts.loaded_bytes - counts.teacher_bytes, "teacher": counts.teacher_bytes},
+        LOADING: {"weights": counts.loaded_bytes - counts.frozen_bytes, counts.frozen_name: counts.frozen_bytes},
         STEP: _sum(always, moving),
         UPDATE: _sum(always, held.in_update),
     }

@@ -47,6 +47,7 @@ class Weightless(TorchDispatchMode):
         self._most = 0
         self.peak: Counter[str] = Counter()
         self.flops = 0
+        self.wide_flops = 0  # those of them that are of 32 bits or more
         self.wide = -1  # a last dimension by which a [c, V] tensor is known as logits
         self._stack = ExitStack()
 
@@ -69,9 +70,19 @@ class Weightless(TorchDispatchMode):
         finally:
             self._kind = before
 
+    def counted(self, does: Callable[..., Any], kind: str) -> Callable[..., Any]:
+        """The same function, within which what is made counts as this kind."""
+
+        def counting(*args: Any, **options: Any) -> Any:
+            with self.kind(kind):
+                return does(*args, **options)
+
+        return counting
+
     def begin(self) -> None:
         """Count peak and multiplications from here."""
-        self._most, self.peak, self.flops = self._now, self._alive.copy(), 0
+        self._most, self.peak = self._now, self._alive.copy()
+        self.flops, self.wide_flops = 0, 0
 
     def call(self, tensor: Tensor, kind: str) -> None:
         """Let a tensor that is there count as another kind."""
@@ -95,7 +106,7 @@ class Weightless(TorchDispatchMode):
                 out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            self._multiplied(formula(*args, **kwargs, out_val=out), out)
         for tensor in _tensors(out):
             self._count(tensor)
         return out
@@ -103,6 +114,11 @@ class Weightless(TorchDispatchMode):
     def _without_data(self, value: Any) -> Any:
         real = isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, FakeTensor)
         return self._fake.from_tensor(value) if real else value
+
+    def _multiplied(self, flops: int, out: Any) -> None:
+        self.flops += flops
+        if any(t.dtype.itemsize > 2 for t in _tensors(out)):
+            self.wide_flops += flops
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -143,7 +159,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, counter: Weightless, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         ctx.counter, ctx.product = counter, 2 * query.numel() * key.shape[2]  # FLOPs of one [T, D] x [D, S] product
-        counter.flops += 2 * ctx.product
+        counter._multiplied(2 * ctx.product, query)
         out = query.new_empty(*query.shape[:3], value.shape[-1])  # [B, H, T, D]
         normaliser = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, out, normaliser)
@@ -152,7 +168,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        ctx.counter.flops += 5 * ctx.product  # the logits once more, and the gradients of both products
+        ctx.counter._multiplied(5 * ctx.product, query)  # the logits once more, and the gradients of both products
         return None, torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 

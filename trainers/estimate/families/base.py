@@ -1,0 +1,84 @@
+"""What the dry run has to be told about a kind of module; all else it finds out by running a step of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning as L
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from trainers.estimate.plan import Plan
+    from trainers.estimate.totals import Estimate
+    from trainers.estimate.weightless import Weightless
+
+MODEL = "--model.init_args."
+
+
+class Family(ABC):
+    """Modules that train alike. It knows no plan and holds nothing: its methods take a module, built where they say so.
+
+    Args:
+        kind: the class that all of them are.
+        frozen_name: what their frozen language model is for.
+    """
+
+    kind: ClassVar[type[L.LightningModule]]
+    frozen_name: ClassVar[str]
+
+    @abstractmethod
+    def settings(self, module: Any) -> tuple[Any, ...]:
+        """All that decides what a step of a micro-batch holds, apart from the plan."""
+
+    @abstractmethod
+    def what(self, module: Any) -> object:
+        """What it trains, for comparison: a change of it is a change of the result."""
+
+    # ------------------------------------------------------------------ of a module that is built
+
+    @abstractmethod
+    def trained(self, module: Any) -> nn.Module:
+        """What is trained and shared out, with the frozen parameters in it."""
+
+    @abstractmethod
+    def frozen(self, module: Any) -> PreTrainedModel | None:
+        """The frozen language model beside it, where there is one."""
+
+    @abstractmethod
+    def language_model(self, module: Any) -> PreTrainedModel:
+        """The model whose head gives logits."""
+
+    @abstractmethod
+    def part(self, module: Any, name: str, parameter: nn.Parameter) -> str:
+        """What a parameter of `trained` is for."""
+
+    def outside(self, module: Any) -> int:
+        """Elements of `trained` that are read outside their submodule."""
+        return 0
+
+    @abstractmethod
+    def batch(self, plan: Plan, module: Any) -> Any:
+        """A micro-batch of the longest texts, with `edits` and `queries`."""
+
+    def watched(self, module: Any, batch: Any, mode: Weightless) -> AbstractContextManager[Any]:
+        """Within it a step's tensors are told apart by what they are for, and need no data."""
+        return nullcontext()
+
+    @abstractmethod
+    def loss(self, module: Any, batch: Any) -> Tensor:
+        """Of a micro-batch in training."""
+
+    # ------------------------------------------------------------------ for people
+
+    @abstractmethod
+    def queries(self, module: Any) -> int:
+        """Queries of each record."""
+
+    @abstractmethod
+    def changes(self, found: Estimate) -> Iterator[tuple[str, Plan]]:
+        """What can be changed in such a module to save memory, as arguments and as a plan: from what leaves the result
+        as it is to what trains something else."""
