@@ -55,7 +55,10 @@ class Hypernetworks(Family):
         return "step sizes" if any(parameter is rate for rate in rates) else "hypernetwork"
 
     def batch(self, plan: Plan, module: GradientEditor) -> EditBatch:
-        """As many edits as records in pools of the largest size, and their queries, all of the longest."""
+        """As many edits as records in pools of the largest size, and their queries, all of the longest.
+
+        A record of several edits, or with hops that are edited too, brings more: how many, only the data can say.
+        """
         limits, n = module.queries, plan.records
         each = self.queries(module)
         b, edit, query = n * each, limits.max_edit_tokens, limits.max_query_tokens
