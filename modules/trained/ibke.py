@@ -7,9 +7,9 @@ B edits, T tokens, n tokens of all edits, w = d_in + d_out, l_m latent tokens of
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,27 @@ class IbkeConfig:
                 "model.ibke.latents and width must be at least 1, beta not negative and log_variance_bound positive, "
                 f"got {self.latents}, {self.width}, {self.beta}, {self.log_variance_bound}"
             )
+
+
+@dataclass
+class IbkeLayers(EditedLayers):
+    """Which linear layers are edited: by default the last projections of the MLPs of layers 6 to 8.
+
+    Args:
+        layers: numbers of decoder layers; negative ones count from the last.
+        modules: names of linear layers within a layer, such as mlp.down_proj.
+    """
+
+    layers: list[int] = field(default_factory=lambda: [6, 7, 8])
+
+
+@dataclass
+class IbkeLoss(EditLoss):
+    """The terms of the loss, by default those of equation 36; see `EditLoss`."""
+
+    edit_weight: float = 1.0
+    locality_on: Literal["all", "answer"] = "answer"
+    locality_direction: Literal["forward", "reverse"] = "reverse"
 
 
 class CrossAttention(nn.Module):
@@ -193,10 +214,10 @@ class IBKE(GradientEditor):
     Args:
         backbone: the language model to edit. It stays as it is loaded, also in precision: bfloat16 halves its memory
             while the hypernetwork trains in float32.
-        layers: what of it is edited; by default the last projections of the MLPs of layers 6 to 8.
+        layers: what of it is edited.
         ibke: the hypernetwork.
         queries: what a record asks in training; by default a query that follows from the edit and one that does not.
-        loss: the loss terms; by default those of equation 36.
+        loss: the loss terms.
         optimizer: rates.
         calibration_records: training records that the statistics of factors begin with.
         gradient_checkpointing: recompute the layers above the lowest edited one in the backward pass.
@@ -209,10 +230,10 @@ class IBKE(GradientEditor):
     def __init__(
         self,
         backbone: BackboneConfig,
-        layers: EditedLayers | None = None,
+        layers: IbkeLayers | None = None,
         ibke: IbkeConfig | None = None,
         queries: EditQueries | None = None,
-        loss: EditLoss | None = None,
+        loss: IbkeLoss | None = None,
         optimizer: HyperOptimizer | None = None,
         calibration_records: int = 64,
         gradient_checkpointing: bool = False,
@@ -221,9 +242,9 @@ class IBKE(GradientEditor):
     ) -> None:
         super().__init__(
             backbone,
-            layers or EditedLayers([6, 7, 8]),
+            layers or IbkeLayers(),
             queries,
-            loss or EditLoss(1.0, 1.0, locality_on="answer", locality_direction="reverse"),
+            loss or IbkeLoss(),
             optimizer,
             calibration_records,
             gradient_checkpointing,
@@ -243,4 +264,4 @@ class IBKE(GradientEditor):
 
     @classmethod
     def of(cls, backbone: BackboneConfig, layers: EditedLayers, settings: dict[str, Any]) -> "IBKE":
-        return cls(backbone, layers, IbkeConfig(**settings["ibke"]))
+        return cls(backbone, IbkeLayers(layers.layers, layers.modules), IbkeConfig(**settings["ibke"]))

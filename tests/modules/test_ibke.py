@@ -20,9 +20,8 @@ from modules.export import export, load_editor
 from modules.gradients import Factors
 from modules.hypernetwork.batch import EditBatch
 from modules.hypernetwork.editor import DeltaEdited
-from modules.hypernetwork.module import EditedLayers, EditLoss
 from modules.interventions import linear
-from modules.trained.ibke import IBKE, Bottleneck, IbkeConfig, IbkeNetwork
+from modules.trained.ibke import IBKE, Bottleneck, IbkeConfig, IbkeLayers, IbkeLoss, IbkeNetwork
 
 SMALL = IbkeConfig(latents=3, width=8, edit_lr=0.05)
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
@@ -40,7 +39,7 @@ def moved(module: nn.Module) -> None:
 @pytest.fixture
 def build(tiny_config: Callable[..., BackboneConfig], records: list[EditRecord]) -> Callable[..., IBKE]:
     def make(kind: str = "llama", config: IbkeConfig = SMALL, **options: Any) -> IBKE:
-        module = IBKE(tiny_config(kind), EditedLayers([1, 2]), config, **options)
+        module = IBKE(tiny_config(kind), IbkeLayers([1, 2]), config, **options)
         module.configure_model()
         module.calibrate(records)
         moved(module)
@@ -240,7 +239,7 @@ def test_splitting_a_batch_changes_nothing(build: Callable[..., IBKE], records: 
 
 
 def test_one_batch_is_overfitted(build: Callable[..., IBKE], records: list[EditRecord]) -> None:
-    module = build(config=replace(SMALL, width=16, edit_lr=0.02), loss=EditLoss(1.0, 0.1))
+    module = build(config=replace(SMALL, width=16, edit_lr=0.02), loss=IbkeLoss(1.0, 0.1))
     batch = batch_of(module, records)
     optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
     losses = []

@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from datamodules.records import EditRecord
 from modules.gradients import gradient_factors
 from modules.hypernetwork.batch import encode_edit, padded
-from modules.hypernetwork.module import EditedLayers
-from modules.trained.ibke import IBKE, IbkeConfig
+from modules.trained.ibke import IBKE, IbkeConfig, IbkeLayers
 from modules.trained.mend import MEND
 from trainers.callbacks.bottleneck_drawing import latents_by_relation, token_scales
 from trainers.callbacks.bottleneck_figures import BottleneckFigures, SeenEdit, look, principal, scalars
@@ -21,7 +20,7 @@ from trainers.callbacks.bottleneck_figures import BottleneckFigures, SeenEdit, l
 
 @pytest.fixture
 def module(tiny_config: Any, records: list[EditRecord]) -> IBKE:
-    module = IBKE(tiny_config(), EditedLayers([1, 2]), IbkeConfig(latents=3, width=8))
+    module = IBKE(tiny_config(), IbkeLayers([1, 2]), IbkeConfig(latents=3, width=8))
     module.configure_model()
     module.calibrate(records)
     return module

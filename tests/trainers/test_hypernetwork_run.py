@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from modules.backbone import BackboneConfig
 from modules.export import load_editor
+from modules.trained.ibke import IBKE, IbkeLoss
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
 from trainers.checkpoints.single import tensors
@@ -137,3 +139,12 @@ def test_precision_is_checked_before_anything_starts(tmp_path: Path) -> None:
     cli = parse(["--config=mend_tiny", f"--run_dir={tmp_path}", "--trainer.precision=bf16-true"])
     with pytest.raises(ValueError, match=r"trainer\.precision bf16-true"):
         cli.check()
+
+
+def test_one_setting_leaves_the_others_as_published() -> None:
+    """Also where the command line gives one key of a group, as in --model.init_args.loss.chunk 7."""
+    given = ["--config=ibke_tiny", "--model.init_args.loss.chunk=7", "--model.init_args.layers.modules=[mlp.up_proj]"]
+    model: Any = parse(given).model
+    assert model.loss == IbkeLoss(1.0, 1.0, locality_on="answer", locality_direction="reverse", chunk=7)
+    assert (model.layers.layers, model.layers.modules) == ([1, 2], ["mlp.up_proj"])
+    assert IBKE(BackboneConfig("random:llama")).layers.layers == [6, 7, 8]
