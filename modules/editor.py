@@ -10,7 +10,7 @@ B rows, T tokens, d hidden width, n target tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from datamodules.records import EditRequest
 from datamodules.tokens import Encoded, encode, pad, pad_id
 from modules.backbone import Backbone
+from modules.interventions import LowRank
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Edited:
     def save(self, folder: Path) -> None:
         """Write the edits' state to a folder."""
         raise NotImplementedError(f"{type(self).__name__} has no state to save")
+
+    def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
+        """What all edits so far add to each weight, by the linear layer's name: a term of one row, or [d_in, d_out].
+        Empty where edits are no change of weights."""
+        return {}
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
@@ -203,3 +209,11 @@ class Editor(ABC):
         Raises:
             ValueError: for requests that the method cannot serve, before any work.
         """
+
+    def load(self, backbone: Backbone, folder: Path) -> AbstractContextManager[Edited]:
+        """The backbone under the edits that `Edited.save` wrote to a folder, for the length of a `with`.
+
+        Raises:
+            ValueError: for a folder that holds none, or those of another model.
+        """
+        raise NotImplementedError(f"{self.name} cannot load edits; make them again")

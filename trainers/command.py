@@ -32,12 +32,16 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
 
 def appended(args: Sequence[str], function: Callable[..., Any]) -> list[str]:
     """The arguments with every `--key text` of a list of texts as jsonargparse's `--key+ text`, so that it may be given
-    more than once. A value in brackets still sets the whole list."""
-    lists = {n for n, p in inspect.signature(function).parameters.items() if "list[str]" in str(p.annotation)}
+    more than once, and `--key 1,10` of a list of numbers as `--key [1,10]`. A value in brackets sets the whole list."""
+    types = {f"--{n}": str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
     found = list(args)
     for i, arg in enumerate(found):
         key, equals, value = arg.partition("=")
         value = value if equals else next(iter(found[i + 1 : i + 2]), "")
-        if key.removeprefix("--") in lists and not value.startswith("["):
+        if not value or value.startswith("["):
+            continue
+        if any(texts in types.get(key, "") for texts in ("list[str]", "list[dict[str")):
             found[i] = f"{key}+{equals}{value if equals else ''}"
+        elif "list[int]" in types.get(key, ""):
+            found[i : i + 1 if equals else i + 2] = [f"{key}=[{value}]"]
     return found

@@ -1,23 +1,25 @@
-"""Compare editors on one set of records: `python -m trainers.evaluate --config evaluate_facts.yaml --editor DIR`."""
+"""Compare editors on one set of records: `python -m trainers.evaluate --config evaluate_facts.yaml --editor DIR`.
 
-import random
+`--editor` takes exported folders and training-free editors alike (trainers/editors.py), and may be given more than once.
+"""
+
 from pathlib import Path
 
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig, load_backbone
 from modules.editor import Editor
-from modules.evaluation import fewer_queries
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.command import run
-from trainers.evaluation_run import run_evaluation
+from trainers.editors import Spec, choose, read
+from trainers.evaluation_run import drawn, run_evaluation
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
 
 
 def evaluate(
     data: list[Source],
-    editor: list[str] | None = None,
+    editor: list[Spec] | None = None,
     baselines: list[str] | None = None,
     backbone: BackboneConfig | None = None,
     records: int = 100,
@@ -29,13 +31,14 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> None:
-    """Evaluate exported editors beside baselines, on the same records, and write one JSON file and a table.
+    """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
 
     Args:
         data: where the records come from.
-        editor: folders written by trainers.export.
+        editor: folders written by trainers.export, and training-free editors: by the name of a config in
+            configs/training_free, by a file's path, or as a mapping with changes ({editor: memit, weight: 1500}).
         baselines: any of unedited, icl, icl_right_edit.
-        backbone: what the baselines run on; by default the first editor's.
+        backbone: what training-free editors and baselines run on; by default the first exported editor's.
         records: how many records, drawn by `seed`.
         pool_sizes: how many edits stand at once.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
@@ -49,22 +52,18 @@ def evaluate(
     wrong = sorted(set(baselines) - set(BASELINES))
     if wrong:
         raise ValueError(f"unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
-    trained = [load_editor(folder) for folder in editor or []]
-    names = [e.name for e in trained]
-    for e, folder in zip(trained, editor or [], strict=True):
-        if names.count(e.name) > 1:
-            e.name = f"{e.name} ({Path(folder).name})"
-    if backbone is None and not trained:
-        raise ValueError("nothing to evaluate on: give --editor DIR, or --backbone.source for the baselines")
-    model = load_backbone(backbone) if backbone else trained[0].model.reader
+    wanted = read(editor or [])
+    exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
+    if backbone is None and not exported:
+        raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
+    model = load_backbone(backbone) if backbone else next(iter(exported.values())).model.reader
+    chosen = choose(wanted, model, exported)
     every = load(data)
-    chosen = every.records(random.Random(seed).sample(range(len(every)), min(records, len(every))))
-    if queries_per_kind:
-        chosen = [fewer_queries(record, queries_per_kind, seed) for record in chosen]
+    drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
     run_evaluation(
-        [*(BASELINES[name]() for name in baselines), *trained],
+        [*(BASELINES[name]() for name in baselines), *(c.editor for c in chosen)],
         model,
-        chosen,
+        drawn_records,
         pool_sizes or [1, 10, 100],
         exact_match,
         Path(out),

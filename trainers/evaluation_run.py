@@ -1,7 +1,8 @@
 """Evaluate several editors at several pool sizes: a progress bar, one JSON file, one table."""
 
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, evaluate, split_pools
+from modules.evaluation import Answers, evaluate, fewer_queries, split_pools
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,24 @@ def run_evaluation(
     print_table(report, console)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
     return report
+
+
+def drawn(
+    records: Callable[[Sequence[int]], list[EditRecord]],
+    there_are: int,
+    count: int,
+    seed: int,
+    queries_per_kind: int | None = None,
+) -> list[EditRecord]:
+    """The records that an evaluation is on: `count` of all, or all where there are fewer.
+
+    Args:
+        records: gives those at some places.
+        seed: draws the records and their queries.
+        queries_per_kind: keep only so many rephrases, and locality and portability queries of each kind, of a record.
+    """
+    chosen = records(random.Random(seed).sample(range(there_are), min(count, there_are)))
+    return [fewer_queries(r, queries_per_kind, seed) for r in chosen] if queries_per_kind else chosen
 
 
 def _check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:

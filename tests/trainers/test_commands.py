@@ -98,6 +98,20 @@ def test_evaluate_compares_an_export_with_the_baselines(exported: Path, tmp_path
     assert report["meta"]["protocols"]
 
 
+def test_evaluate_takes_exports_and_training_free_editors_alike(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    sources = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
+    small = ["--records=2", "--pool_sizes=2", "--exact_match=false", "--baselines=[]", f"--data={sources}"]
+    again = "{editor: icl, name: icl_reordered, seed: 1}"
+    given = ["--editor", "icl", f"--editor={exported}", "--editor", again]
+    run(evaluate_command.evaluate, [*given, f"--out={out}", *small])
+    aggregate = json.loads(out.read_text())["aggregate"]
+    assert list(aggregate) == ["icl", "incomes", "icl_reordered"]
+    assert all("reliability/token_accuracy" in cells["2"] for cells in aggregate.values())
+    with pytest.raises(SystemExit, match="nothing to evaluate on"):
+        run(evaluate_command.evaluate, ["--editor", "icl", *small])
+
+
 def test_evaluate_refuses_an_unknown_baseline(exported: Path) -> None:
     with pytest.raises(SystemExit, match="unknown baseline 'rome'"):
         run(evaluate_command.evaluate, [f"--editor=[{exported}]", '--data=[{"format": "facts"}]', "--baselines=[rome]"])
