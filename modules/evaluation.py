@@ -122,12 +122,12 @@ def evaluate(
         cases = list(zip(kept, left_out, strict=True))
         for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
             requests: list[EditRequest] = [request for record, _ in group for request in record.requests]
-            start = _now(backbone)
+            start = now(backbone)
             with editor.edit(backbone, requests) as edited:
-                ready = _now(backbone)
+                ready = now(backbone)
                 results += _results(edited, originals, group, **options)
                 edit_seconds += ready - start
-                answer_seconds += _now(backbone) - ready
+                answer_seconds += now(backbone) - ready
             if progress:
                 progress(len(group))
     settings = options | {
@@ -327,7 +327,7 @@ def _count(record: EditRecord) -> int:
     return sum(map(len, (*record.locality.values(), *record.portability.values())))
 
 
-def _now(backbone: Backbone) -> float:
+def now(backbone: Backbone) -> float:
     """A clock in seconds that waits for the device's queue."""
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)

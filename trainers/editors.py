@@ -22,9 +22,8 @@ from modules.backbone import Backbone
 from modules.editor import Editor
 from modules.export import load_editor
 from modules.training_free.known import KNOWN, known_as
-from trainers.cli import CONFIGS
 
-FOLDER = CONFIGS / "training_free"
+FOLDER = Path(__file__).resolve().parent.parent / "configs" / "training_free"
 Spec = dict[str, Any] | str
 
 

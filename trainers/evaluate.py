@@ -1,9 +1,10 @@
 """Compare editors on one set of records: `python -m trainers.evaluate --config evaluate_facts.yaml --editor DIR`.
 
-`--editor` takes exported folders and training-free editors alike (trainers/editors.py), and may be given more than once.
+`--editor`, given once or more often, takes exported folders and training-free editors alike (trainers/editors.py).
 """
 
 from pathlib import Path
+from typing import Literal
 
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig, load_backbone
@@ -11,8 +12,9 @@ from modules.editor import Editor
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.command import run
-from trainers.editors import Spec, choose, read
+from trainers.editors import Chosen, Spec, choose, read
 from trainers.evaluation_run import drawn, run_evaluation
+from trainers.retention import run_consecutive
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
 
@@ -30,6 +32,9 @@ def evaluate(
     out: str = "evaluation.json",
     seed: int = 0,
     batch_size: int = 32,
+    mode: Literal["single", "batch", "sequential", "consecutive"] = "batch",
+    batch: int | None = None,
+    checkpoints: list[int] | None = None,
 ) -> None:
     """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
 
@@ -37,7 +42,7 @@ def evaluate(
         data: where the records come from.
         editor: folders written by trainers.export, and training-free editors: by the name of a config in
             configs/training_free, by a file's path, or as a mapping with changes ({editor: memit, weight: 1500}).
-        baselines: any of unedited, icl, icl_right_edit.
+        baselines: any of unedited, icl, icl_right_edit; by default all that the mode allows.
         backbone: what training-free editors and baselines run on; by default the first exported editor's.
         records: how many records, drawn by `seed`.
         pool_sizes: how many edits stand at once.
@@ -47,8 +52,20 @@ def evaluate(
         out: the JSON file.
         seed: draws the records, and the bootstrap.
         batch_size: queries in one forward pass.
+        mode: `single`: each record from the unedited model, as `batch` with pools of 1; `batch`: pools of `pool_sizes`,
+            or of `batch`; `sequential`: one record after another on top of all earlier ones; `consecutive`: batches of
+            `batch` likewise. These two are evaluated at `checkpoints` over all edits so far.
+        batch: records of one edit.
+        checkpoints: numbers of records edited so far; by default 1, 10, 100, ... and the end.
     """
-    baselines = ["unedited", "icl", "icl_right_edit"] if baselines is None else baselines
+    one_by_one = mode in ("single", "sequential")
+    if (one_by_one and batch not in (None, 1)) or (mode == "consecutive" and not batch):
+        raise ValueError(f"--mode {mode} and --batch {batch} do not go together; --mode consecutive needs a --batch")
+    consecutively = mode in ("sequential", "consecutive")
+    if checkpoints and not consecutively:
+        raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
+    if baselines is None:
+        baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
     wrong = sorted(set(baselines) - set(BASELINES))
     if wrong:
         raise ValueError(f"unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
@@ -60,17 +77,22 @@ def evaluate(
     chosen = choose(wanted, model, exported)
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
+    editors = [Chosen(BASELINES[name](), {"baseline": name}) for name in baselines] + chosen
+    about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
+    if consecutively:
+        run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, exact_match, Path(out), **about)
+        return
+    sizes = [1] if mode == "single" else [batch] if batch else pool_sizes or [1, 10, 100]
     run_evaluation(
-        [*(BASELINES[name]() for name in baselines), *(c.editor for c in chosen)],
+        [c.editor for c in editors],
         model,
         drawn_records,
-        pool_sizes or [1, 10, 100],
+        sizes,
         exact_match,
         Path(out),
-        data="; ".join(f"{s.name}" for s in data),
-        seed=seed,
-        batch_size=batch_size,
-        singles=singles,
+        singles=None if mode == "single" else singles,
+        mode=mode,
+        **about,
     )
 
 

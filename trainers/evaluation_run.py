@@ -31,6 +31,7 @@ def run_evaluation(
     max_new_tokens: int = 16,
     singles: int | None = None,
     console: Console | None = None,
+    mode: str = "batch",
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -39,7 +40,7 @@ def run_evaluation(
     goes on; `trainers.report.failures` lists the marks. Pool sizes above the number of records become that number.
 
     Args:
-        data, seed: see `trainers.report.new_report`.
+        data, seed, mode: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
 
@@ -48,21 +49,21 @@ def run_evaluation(
     Raises:
         ValueError: for no editors, records or pool sizes, a pool size below 1, or two editors of one name.
     """
-    _check(editors, records, pool_sizes)
+    check(editors, records, pool_sizes)
     sizes = sorted({min(size, len(records)) for size in pool_sizes})
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
-    report = new_report(backbone, records, sizes, data, seed)
+    report = new_report(backbone, records, sizes, data, seed, mode=mode)
     originals = Answers(Edited(backbone))
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
     plan = [(editor, size) for editor in editors for size in (sizes if editor.reads_pool else sizes[-1:])]
-    with _bar(console, enabled=progress) as bar:
-        task = bar.add_task("", total=sum(work[size] for _, size in plan))
+    with bar(console, enabled=progress) as shown:
+        task = shown.add_task("", total=sum(work[size] for _, size in plan))
         ends = 0
         for editor, size in plan:
-            bar.update(task, description=f"{editor.name}, {size} edits")
+            shown.update(task, description=f"{editor.name}, {size} edits")
             ends += work[size]
             try:
                 evaluation = evaluate(
@@ -75,14 +76,14 @@ def run_evaluation(
                     max_new_tokens=max_new_tokens,
                     seed=seed,
                     originals=originals,
-                    progress=lambda n: bar.advance(task, n),
+                    progress=lambda n: shown.advance(task, n),
                 )
             except Exception as error:  # whatever one editor does, the others' hours of work go on
                 log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)
                 add_failure(report, editor.name, size, f"{type(error).__name__}: {error}")
             else:
                 add_evaluation(report, evaluation)
-            bar.update(task, completed=ends)
+            shown.update(task, completed=ends)
             write_json(out, report)
     print_table(report, console)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
@@ -107,7 +108,8 @@ def drawn(
     return [fewer_queries(r, queries_per_kind, seed) for r in chosen] if queries_per_kind else chosen
 
 
-def _check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
+def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
+    """Refuse what cannot be evaluated, before any work."""
     if not editors or not records or not pool_sizes or min(pool_sizes) < 1:
         raise ValueError(
             f"needs editors, records and pool sizes of at least 1; got {len(editors)} editors, {len(records)} records, "
@@ -118,6 +120,7 @@ def _check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes:
         raise ValueError(f"editors need different names, since results are filed by name; got {', '.join(names)}")
 
 
-def _bar(console: Console, enabled: bool) -> Progress:
+def bar(console: Console, enabled: bool) -> Progress:
+    """A progress bar, where the output is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     return Progress(*columns, console=console, transient=True, disable=not enabled or not console.is_terminal)

@@ -58,6 +58,7 @@ def new_report(
     data: str = "",
     seed: int = 0,
     command: str | None = None,
+    mode: str = "batch",
 ) -> Report:
     """A report without results.
 
@@ -65,6 +66,7 @@ def new_report(
         data: what the records are, in words.
         seed: of the data and of the bootstrap.
         command: the command line; this process's own by default.
+        mode: how the records are edited: single, batch, sequential or consecutive.
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,7 +74,7 @@ def new_report(
         "data": data,
         "records": len(records),
         "edits": sum(len(record.requests) for record in records),
-        "mode": "batch",
+        "mode": mode,
         "pool_sizes": list(pool_sizes),
         "backbone": asdict(backbone.config),
         "seed": seed,
