@@ -1,6 +1,7 @@
 """A small editor that changes weights, and what it was asked to do: for tests of what runs editors."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,6 +64,7 @@ class Nudge(Editor):
         layers: which.
         draw: how.
         fails_after: so many edits of one call; -1: never.
+        fails_on_rank: of a job.
         harm: what it does to the run before: write into a weight, or leave flags and gradients behind.
     """
 
@@ -70,15 +72,23 @@ class Nudge(Editor):
     calls: ClassVar[list[int]] = []  # edits of each call, of all instances
 
     def __init__(
-        self, layers: list[int], draw: Draw | None = None, fails_after: int = -1, harm: str | None = None
+        self,
+        layers: list[int],
+        draw: Draw | None = None,
+        fails_after: int = -1,
+        fails_on_rank: int | None = None,
+        harm: str | None = None,
     ) -> None:
-        self.layers, self.draw, self.fails_after, self.harm = layers, draw or Draw(), fails_after, harm
+        self.layers, self.draw = layers, draw or Draw()
+        self.fails_after, self.fails_on_rank, self.harm = fails_after, fails_on_rank, harm
 
     def terms(self, backbone: Backbone, requests: Sequence[EditRequest], old: dict[str, LowRank]) -> dict[str, LowRank]:
         if self.harm:
             harm(backbone, self.harm)
         if 0 <= self.fails_after < len(requests):
             raise ValueError(f"at most {self.fails_after} edits")
+        if os.environ.get("RANK") == str(self.fails_on_rank):
+            raise ValueError(f"not on rank {self.fails_on_rank}")
         Nudge.calls.append(len(requests))
         terms = dict(old)
         for i in self.layers:
