@@ -74,6 +74,14 @@ class Edited:
         """Write the edits' state to a folder."""
         raise NotImplementedError(f"{type(self).__name__} has no state to save")
 
+    def restored(self, folder: Path) -> "Edited":
+        """The same method and backbone with the edits that `save` wrote to a folder, in place of its own.
+
+        Raises:
+            ValueError: where the folder holds none, or those of another method or model.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot go on from saved edits; make them again")
+
     def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
         """What all edits so far add to each weight, by the linear layer's name: a term of one row, or [d_in, d_out].
         Empty where edits are no change of weights."""
@@ -209,11 +217,3 @@ class Editor(ABC):
         Raises:
             ValueError: for requests that the method cannot serve, before any work.
         """
-
-    def load(self, backbone: Backbone, folder: Path) -> AbstractContextManager[Edited]:
-        """The backbone under the edits that `Edited.save` wrote to a folder, for the length of a `with`.
-
-        Raises:
-            ValueError: for a folder that holds none, or those of another model.
-        """
-        raise NotImplementedError(f"{self.name} cannot load edits; make them again")

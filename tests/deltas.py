@@ -1,5 +1,6 @@
 """A small editor that changes weights, and what it was asked to do: for tests of what runs editors."""
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.interventions import LowRank, low_rank, shape
+from modules.interventions import LowRank, low_rank, merge, shape
 
 
 @dataclass
@@ -55,6 +57,18 @@ class NudgedModel(Edited):
         tensors = {f"{n}.{part}": getattr(t, part) for n, t in self.terms.items() for part in ("a", "b")}
         save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "terms.safetensors")
         (folder / "edits.json").write_text(json.dumps([asdict(r) for r in self.requests]))
+
+    def restored(self, folder: Path) -> "NudgedModel":
+        flat = load_file(folder / "terms.safetensors")
+        names = {key.rpartition(".")[0] for key in flat}
+        requests = [EditRequest(**r) for r in json.loads((folder / "edits.json").read_text())]
+        terms = {n: LowRank(flat[f"{n}.a"], flat[f"{n}.b"]) for n in sorted(names)}
+        return NudgedModel(self.editor, self.backbone, requests, terms)
+
+    def merge(self) -> PreTrainedModel:
+        model = copy.deepcopy(self.backbone.model)
+        merge(model, self.terms)
+        return model
 
 
 class Nudge(Editor):
@@ -104,14 +118,6 @@ class Nudge(Editor):
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[NudgedModel]:
         yield NudgedModel(self, backbone, requests, self.terms(backbone, requests, {}))
-
-    @contextmanager
-    def load(self, backbone: Backbone, folder: Path) -> Iterator[NudgedModel]:
-        flat = load_file(folder / "terms.safetensors")
-        names = {key.rpartition(".")[0] for key in flat}
-        requests = [EditRequest(**r) for r in json.loads((folder / "edits.json").read_text())]
-        terms = {n: LowRank(flat[f"{n}.a"], flat[f"{n}.b"]) for n in sorted(names)}
-        yield NudgedModel(self, backbone, requests, terms)
 
 
 def harm(backbone: Backbone, how: str) -> None:
