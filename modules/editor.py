@@ -10,7 +10,7 @@ B rows, T tokens, d hidden width, n target tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from datamodules.records import EditRequest
 from datamodules.tokens import Encoded, encode, pad, pad_id
 from modules.backbone import Backbone
+from modules.interventions import LowRank
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ class Edited:
     def save(self, folder: Path) -> None:
         """Write the edits' state to a folder."""
         raise NotImplementedError(f"{type(self).__name__} has no state to save")
+
+    def restored(self, folder: Path) -> "Edited":
+        """The same method and backbone with the edits that `save` wrote to a folder, in place of its own.
+
+        Raises:
+            ValueError: where the folder holds none, or those of another method or model.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot go on from saved edits; make them again")
+
+    def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
+        """What all edits so far add to each weight, by the linear layer's name: a term of one row, or [d_in, d_out].
+        Empty where edits are no change of weights."""
+        return {}
 
     @torch.no_grad()
     def score(

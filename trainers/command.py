@@ -14,7 +14,8 @@ from trainers.cli import resolve_configs
 def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
     """Parse `--config NAME` and `--key value` into the function's arguments and call it.
 
-    What a user did wrong (ValueError, missing or existing files) ends the program with exit code 1 and one line.
+    What a user did wrong (ValueError, what a method cannot do, missing or existing files) ends the program with exit
+    code 1 and one line.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(
@@ -26,18 +27,22 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
         given: Any = parser.parse_args(appended(resolve_configs(sys.argv[1:] if args is None else args), function))
         built: Any = parser.instantiate_classes(given)
         return function(**{name: built[name] for name in inspect.signature(function).parameters})
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, NotImplementedError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")
 
 
 def appended(args: Sequence[str], function: Callable[..., Any]) -> list[str]:
     """The arguments with every `--key text` of a list of texts as jsonargparse's `--key+ text`, so that it may be given
-    more than once. A value in brackets still sets the whole list."""
-    lists = {n for n, p in inspect.signature(function).parameters.items() if "list[str]" in str(p.annotation)}
+    more than once, and `--key 1,10` of a list of numbers as `--key [1,10]`. A value in brackets sets the whole list."""
+    types = {f"--{n}": str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
     found = list(args)
     for i, arg in enumerate(found):
         key, equals, value = arg.partition("=")
         value = value if equals else next(iter(found[i + 1 : i + 2]), "")
-        if key.removeprefix("--") in lists and not value.startswith("["):
+        if not value or value.startswith("["):
+            continue
+        if any(texts in types.get(key, "") for texts in ("list[str]", "list[dict[str")):
             found[i] = f"{key}+{equals}{value if equals else ''}"
+        elif "list[int]" in types.get(key, ""):
+            found[i : i + 1 if equals else i + 2] = [f"{key}=[{value}]"]
     return found

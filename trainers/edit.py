@@ -1,19 +1,25 @@
-"""Edit with an exported editor: `python -m trainers.edit --editor DIR --edits FILE --prompt "..."`."""
+"""Edit with an exported editor, or one that needs no training: `python -m trainers.edit --editor DIR --edits FILE`.
+
+With a training-free editor: `python -m trainers.edit --editor memit --backbone.source NAME --edits FILE --prompt ...`.
+"""
 
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from datamodules.readers.requests import read_requests
-from modules.backbone import Backbone
-from modules.editor import Edited
+from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.editor import Edited, Editor
 from modules.export import load_editor
 from modules.training_free.icl import Unedited
 from trainers.command import run
+from trainers.editors import Spec, choose, read
 
 
 def edit(
-    editor: str,
+    editor: Spec,
     edits: str | None = None,
     prompt: list[str] | None = None,
     pool: str | None = None,
@@ -22,48 +28,88 @@ def edit(
     merge: str | None = None,
     max_new_tokens: int = 12,
     compare: bool = True,
+    backbone: BackboneConfig | None = None,
 ) -> None:
-    """Make edits with an exported editor and show what the model says before and after.
+    """Make edits and show what the model says before and after.
 
     Args:
-        editor: a folder written by trainers.export.
+        editor: a folder written by trainers.export; or a training-free editor, by the name of a config in
+            configs/training_free, by a file's path, or as a mapping with changes ({editor: memit, weight: 1500}).
         edits: a file of edits: JSON or JSON Lines with prompt and target, or text, one statement a line.
         prompt: what to ask; without it, prompts are read from standard input, one a line.
-        pool: a pool saved earlier, to go on from.
-        remove: a file of edits to take out of the pool.
-        save: a folder to save the pool to.
+        pool: edits saved earlier, to go on from.
+        remove: a file of edits to take out again.
+        save: a folder to save the edits to.
         merge: a folder to write a plain model to, with the edits in its weights (of editors that change weights).
         max_new_tokens: how long answers may get.
         compare: also show the answer before editing.
+        backbone: what a training-free editor edits; an exported one brings its own.
     """
     requests = read_requests(edits) if edits else []
     gone = read_requests(remove) if remove else []
     if not requests and not pool:
         raise ValueError("nothing to edit: give --edits FILE, or --pool DIR with a saved pool")
-    loaded = load_editor(editor)
-    with loaded.edit(loaded.model.backbone, []) as empty:
-        start = type(empty).load(loaded.model, Path(pool)) if pool else empty  # type: ignore[arg-type]
-        edited = start.add(requests).remove(gone)
-        print(f"{len(edited.requests)} edits in the pool", file=sys.stderr)
+    (wanted,) = read([editor])
+    if isinstance(wanted, Path):
+        if backbone:
+            raise ValueError("--backbone: an exported editor brings its own; leave it out")
+        trained = load_editor(wanted)
+        loaded: Editor = trained
+        model, reader = trained.model.backbone, trained.model.reader
+    else:
+        model = reader = load_backbone(backbone or BackboneConfig())
+        (loaded,) = (c.editor for c in choose([wanted], model))
+    with ExitStack() as stack:
+        empty = stack.enter_context(loaded.edit(model, []))
+        _refuse(empty, loaded.name, pool=pool, remove=remove, save=save, merge=merge)
+        edited: Any = _from_pool(loaded, empty, Path(pool)) if pool else empty
+        if requests:
+            edited = stack.enter_context(edited.edit(requests))
+        if gone:
+            edited = edited.remove(gone)
+        print(f"{len(getattr(edited, 'requests', requests))} edits in the pool", file=sys.stderr)
         if save:
             edited.save(Path(save))
         if merge:
             _merge(edited, Path(merge))
         for text in prompt or _from_standard_input():
-            _show(loaded.model.reader, edited, text, max_new_tokens, compare)
+            _show(reader, edited, text, max_new_tokens, compare)
 
 
-def _merge(edited: Edited, folder: Path) -> None:
-    if not hasattr(edited, "merge"):
-        raise ValueError("--merge: the edits of this editor are no change of weights; --save keeps them")
+def _refuse(edited: Edited, name: str, **wanted: str | None) -> None:
+    """Say what a method cannot do before anything is edited."""
+    able = {
+        "pool": hasattr(edited, "load") or type(edited).restored is not Edited.restored,
+        "remove": hasattr(edited, "remove"),
+        "save": type(edited).save is not Edited.save,
+        "merge": hasattr(edited, "merge"),
+    }
+    reasons = {
+        "pool": "it cannot go on from saved edits",
+        "remove": "it cannot take single edits out",
+        "save": "it has nothing to save",
+        "merge": "its edits are no change of weights" + ("; --save keeps them" if able["save"] else ""),
+    }
+    for what, given in wanted.items():
+        if given and not able[what]:
+            raise ValueError(f"--{what}: not with {name}: {reasons[what]}")
+
+
+def _from_pool(editor: Any, empty: Any, folder: Path) -> Edited:
+    if hasattr(empty, "load"):  # of trained editors, whose edits go with their own model
+        return type(empty).load(editor.model, folder)
+    return empty.restored(folder)
+
+
+def _merge(edited: Any, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"--merge: {folder} is not empty; choose another folder, or remove it")
     with redirect_stdout(sys.stderr):  # saving imports libraries that say so; only answers go to standard output
-        edited.merge().save_pretrained(folder)  # type: ignore[attr-defined]
+        edited.merge().save_pretrained(folder)
         edited.backbone.tokenizer.save_pretrained(folder)
 
 
-def _from_standard_input():
+def _from_standard_input() -> Iterator[str]:
     if sys.stdin.isatty():
         print("prompts, one a line (end with ctrl-d):", file=sys.stderr)
     for line in sys.stdin:

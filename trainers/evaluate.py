@@ -1,23 +1,27 @@
-"""Compare editors on one set of records: `python -m trainers.evaluate --config evaluate_facts.yaml --editor DIR`."""
+"""Compare editors on one set of records: `python -m trainers.evaluate --config evaluate_facts.yaml --editor DIR`.
 
-import random
+`--editor`, given once or more often, takes exported folders and training-free editors alike (trainers/editors.py).
+"""
+
 from pathlib import Path
+from typing import Literal
 
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig, load_backbone
 from modules.editor import Editor
-from modules.evaluation import fewer_queries
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.command import run
-from trainers.evaluation_run import Protocol, run_evaluation
+from trainers.editors import Chosen, Spec, choose, read
+from trainers.evaluation_run import Protocol, drawn, run_evaluation
+from trainers.retention import run_consecutive
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
 
 
 def evaluate(
     data: list[Source],
-    editor: list[str] | None = None,
+    editor: list[Spec] | None = None,
     baselines: list[str] | None = None,
     backbone: BackboneConfig | None = None,
     records: int = 100,
@@ -29,14 +33,18 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
     protocol: Protocol = "default",
+    mode: Literal["single", "batch", "sequential", "consecutive"] = "batch",
+    batch: int | None = None,
+    checkpoints: list[int] | None = None,
 ) -> None:
-    """Evaluate exported editors beside baselines, on the same records, and write one JSON file and a table.
+    """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
 
     Args:
         data: where the records come from.
-        editor: folders written by trainers.export.
-        baselines: any of unedited, icl, icl_right_edit.
-        backbone: what the baselines run on; by default the first editor's.
+        editor: folders written by trainers.export, and training-free editors: by the name of a config in
+            configs/training_free, by a file's path, or as a mapping with changes ({editor: memit, weight: 1500}).
+        baselines: any of unedited, icl, icl_right_edit; by default all that the mode allows.
+        backbone: what training-free editors and baselines run on; by default the first exported editor's.
         records: how many records, drawn by `seed`.
         pool_sizes: how many edits stand at once.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
@@ -47,35 +55,50 @@ def evaluate(
         batch_size: queries in one forward pass.
         protocol: default (EasyEdit's token accuracy, exact match), or uniedit (top-5, related hops edited in;
             nothing is generated).
+        mode: `single`: each record from the unedited model, as `batch` with pools of 1; `batch`: pools of `pool_sizes`,
+            or of `batch`; `sequential`: one record after another on top of all earlier ones; `consecutive`: batches of
+            `batch` likewise. These two are evaluated at `checkpoints` over all edits so far.
+        batch: records of one edit.
+        checkpoints: numbers of records edited so far; by default 1, 10, 100, ... and the end.
     """
-    baselines = ["unedited", "icl", "icl_right_edit"] if baselines is None else baselines
+    one_by_one = mode in ("single", "sequential")
+    if (one_by_one and batch not in (None, 1)) or (mode == "consecutive" and not batch):
+        raise ValueError(f"--mode {mode} and --batch {batch} do not go together; --mode consecutive needs a --batch")
+    consecutively = mode in ("sequential", "consecutive")
+    if consecutively and protocol != "default":
+        raise ValueError(f"--protocol {protocol} is of --mode single and batch; the mode is {mode}")
+    if checkpoints and not consecutively:
+        raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
+    if baselines is None:
+        baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
     wrong = sorted(set(baselines) - set(BASELINES))
     if wrong:
         raise ValueError(f"unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
-    trained = [load_editor(folder) for folder in editor or []]
-    names = [e.name for e in trained]
-    for e, folder in zip(trained, editor or [], strict=True):
-        if names.count(e.name) > 1:
-            e.name = f"{e.name} ({Path(folder).name})"
-    if backbone is None and not trained:
-        raise ValueError("nothing to evaluate on: give --editor DIR, or --backbone.source for the baselines")
-    model = load_backbone(backbone) if backbone else trained[0].model.reader
+    wanted = read(editor or [])
+    exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
+    if backbone is None and not exported:
+        raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
+    model = load_backbone(backbone) if backbone else next(iter(exported.values())).model.reader
+    chosen = choose(wanted, model, exported)
     every = load(data)
-    chosen = every.records(random.Random(seed).sample(range(len(every)), min(records, len(every))))
-    if queries_per_kind:
-        chosen = [fewer_queries(record, queries_per_kind, seed) for record in chosen]
+    drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
+    editors = [Chosen(BASELINES[name](), {"baseline": name}) for name in baselines] + chosen
+    about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
+    if consecutively:
+        run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, exact_match, Path(out), **about)
+        return
+    sizes = [1] if mode == "single" else [batch] if batch else pool_sizes or [1, 10, 100]
     run_evaluation(
-        [*(BASELINES[name]() for name in baselines), *trained],
+        [c.editor for c in editors],
         model,
-        chosen,
-        pool_sizes or [1, 10, 100],
+        drawn_records,
+        sizes,
         exact_match,
         Path(out),
-        data="; ".join(f"{s.name}" for s in data),
-        seed=seed,
-        batch_size=batch_size,
-        singles=singles,
         protocol=protocol,
+        singles=None if mode == "single" else singles,
+        mode=mode,
+        **about,
     )
 
 

@@ -1,7 +1,8 @@
 """Evaluate several editors at several pool sizes: a progress bar, one JSON file, one table."""
 
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, evaluate, split_pools
+from modules.evaluation import Answers, evaluate, fewer_queries, split_pools
 from modules.metrics import PROTOCOLS
 from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
@@ -35,6 +36,7 @@ def run_evaluation(
     singles: int | None = None,
     console: Console | None = None,
     protocol: Protocol = "default",
+    mode: str = "batch",
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -43,7 +45,7 @@ def run_evaluation(
     goes on; `trainers.report.failures` lists the marks. Pool sizes above the number of records become that number.
 
     Args:
-        data, seed: see `trainers.report.new_report`.
+        data, seed, mode: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         protocol: how answers are judged, see `modules.evaluation` and `modules.uniedit`; the latter never generates.
@@ -53,24 +55,25 @@ def run_evaluation(
     Raises:
         ValueError: for no editors, records or pool sizes, a pool size below 1, or two editors of one name.
     """
-    _check(editors, records, pool_sizes)
+    check(editors, records, pool_sizes)
     sizes = sorted({min(size, len(records)) for size in pool_sizes})
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
     uniedit = protocol == "uniedit"
-    report = new_report(backbone, records, sizes, data, seed, protocols=UNIEDIT_PROTOCOLS if uniedit else PROTOCOLS)
+    protocols = UNIEDIT_PROTOCOLS if uniedit else PROTOCOLS
+    report = new_report(backbone, records, sizes, data, seed, mode=mode, protocols=protocols)
     judge = evaluate_uniedit if uniedit else evaluate
     options = {} if uniedit else {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
     originals = Answers(Edited(backbone))
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
     plan = [(editor, size) for editor in editors for size in (sizes if editor.reads_pool else sizes[-1:])]
-    with _bar(console, enabled=progress) as bar:
-        task = bar.add_task("", total=sum(work[size] for _, size in plan))
+    with bar(console, enabled=progress) as shown:
+        task = shown.add_task("", total=sum(work[size] for _, size in plan))
         ends = 0
         for editor, size in plan:
-            bar.update(task, description=f"{editor.name}, {size} edits")
+            shown.update(task, description=f"{editor.name}, {size} edits")
             ends += work[size]
             try:
                 evaluation = judge(
@@ -81,7 +84,7 @@ def run_evaluation(
                     batch_size=batch_size,
                     seed=seed,
                     originals=originals,
-                    progress=lambda n: bar.advance(task, n),
+                    progress=lambda n: shown.advance(task, n),
                     **options,  # type: ignore[arg-type]
                 )
             except Exception as error:  # whatever one editor does, the others' hours of work go on
@@ -89,14 +92,33 @@ def run_evaluation(
                 add_failure(report, editor.name, size, f"{type(error).__name__}: {error}")
             else:
                 add_evaluation(report, evaluation)
-            bar.update(task, completed=ends)
+            shown.update(task, completed=ends)
             write_json(out, report)
     print_table(report, console)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
     return report
 
 
-def _check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
+def drawn(
+    records: Callable[[Sequence[int]], list[EditRecord]],
+    there_are: int,
+    count: int,
+    seed: int,
+    queries_per_kind: int | None = None,
+) -> list[EditRecord]:
+    """The records that an evaluation is on: `count` of all, or all where there are fewer.
+
+    Args:
+        records: gives those at some places.
+        seed: draws the records and their queries.
+        queries_per_kind: keep only so many rephrases, and locality and portability queries of each kind, of a record.
+    """
+    chosen = records(random.Random(seed).sample(range(there_are), min(count, there_are)))
+    return [fewer_queries(r, queries_per_kind, seed) for r in chosen] if queries_per_kind else chosen
+
+
+def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
+    """Refuse what cannot be evaluated, before any work."""
     if not editors or not records or not pool_sizes or min(pool_sizes) < 1:
         raise ValueError(
             f"needs editors, records and pool sizes of at least 1; got {len(editors)} editors, {len(records)} records, "
@@ -107,6 +129,7 @@ def _check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes:
         raise ValueError(f"editors need different names, since results are filed by name; got {', '.join(names)}")
 
 
-def _bar(console: Console, enabled: bool) -> Progress:
+def bar(console: Console, enabled: bool) -> Progress:
+    """A progress bar, where the output is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     return Progress(*columns, console=console, transient=True, disable=not enabled or not console.is_terminal)

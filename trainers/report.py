@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -28,6 +27,7 @@ from datamodules.readers.uniedit import GENERALITY, LOCALITY
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.evaluation import Evaluation
+from modules.export import versions
 from modules.metrics import PROTOCOLS
 
 Report = dict[str, Any]
@@ -74,6 +74,7 @@ def new_report(
     seed: int = 0,
     command: str | None = None,
     protocols: Mapping[str, str] = PROTOCOLS,
+    mode: str = "batch",
 ) -> Report:
     """A report without results.
 
@@ -82,6 +83,7 @@ def new_report(
         seed: of the data and of the bootstrap.
         command: the command line; this process's own by default.
         protocols: the definition of every metric.
+        mode: how the records are edited: single, batch, sequential or consecutive.
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,11 +91,11 @@ def new_report(
         "data": data,
         "records": len(records),
         "edits": sum(len(record.requests) for record in records),
-        "mode": "batch",
+        "mode": mode,
         "pool_sizes": list(pool_sizes),
         "backbone": asdict(backbone.config),
         "seed": seed,
-        "versions": {name: _version(name) for name in ("palimpsest", "torch", "transformers", "lightning")},
+        "versions": versions(),
         "protocols": dict(protocols),
     }
     return {"meta": meta, "aggregate": {}, "runs": {}, "records": {}}
@@ -217,10 +219,3 @@ def _command_line() -> str:
     module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
     start = ["python", "-m", module.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
     return shlex.join([*start, *sys.argv[1:]])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

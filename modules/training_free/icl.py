@@ -2,11 +2,19 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
+
+
+class Unchanged(Edited):
+    """The model under edits that do nothing."""
+
+    @contextmanager
+    def edit(self, requests: Sequence[EditRequest]) -> Iterator["Unchanged"]:
+        yield self
 
 
 class Unedited(Editor):
@@ -17,7 +25,20 @@ class Unedited(Editor):
 
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
-        yield Edited(backbone)
+        yield Unchanged(backbone)
+
+
+class Told(Edited):
+    """A model that has the edits before every prompt."""
+
+    def __init__(self, editor: "InContext", backbone: Backbone, requests: Sequence[EditRequest], context: str) -> None:
+        super().__init__(backbone, context=context)
+        self.editor = editor
+        self.requests = tuple(requests)
+
+    def edit(self, requests: Sequence[EditRequest]) -> AbstractContextManager[Edited]:
+        """All edits at once: the later ones are told as the earlier ones are."""
+        return self.editor.edit(self.backbone, [*self.requests, *requests])
 
 
 class InContext(Editor):
@@ -44,7 +65,7 @@ class InContext(Editor):
         used = len(backbone.tokenizer(context, add_special_tokens=False)["input_ids"])
         if room and used >= room:
             raise ValueError(f"icl: {len(statements)} edits are {used} tokens long, the context window has {room}")
-        yield Edited(backbone, context=context)
+        yield Told(self, backbone, requests, context)
 
 
 class RightEdit(InContext):

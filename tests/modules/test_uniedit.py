@@ -228,17 +228,14 @@ def test_shares() -> None:
 
 
 def test_real_editors_on_generated_facts(tiny_gists: Callable[..., GistModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gists take hops further, in-context learning together; equal to one pool of all edits either way."""
+    """Hops are made on top of the edits, or all in one call: the same for gists."""
     records = list(read("facts_uniedit", split="val", cities_per_country=2))[:6]
     model = tiny_gists(backbone={"max_position_embeddings": 4096})
     backbone = model.backbone
     before = {n: p.clone() for n, p in backbone.model.named_parameters()}
     found = {e.name: evaluate_uniedit(e, backbone, records, 3) for e in (Unedited(), InContext(), GistEditor(model))}
-    assert {name: e.settings["hops_made"] for name, e in found.items()} == {
-        "unedited": "together",
-        "icl": "together",
-        "incomes": "further",
-    }
+    assert {name: e.settings["hops_made"] for name, e in found.items()} == dict.fromkeys(found, "further")
+    assert list(found) == ["unedited", "icl", "incomes"]
     assert all(torch.equal(p, before[n]) for n, p in backbone.model.named_parameters())
     assert figures(found["unedited"])["locality/uniedit_top_5"] == 1.0
     one, two = found["unedited"], evaluate_uniedit(RightEdit(), backbone, records, 3)

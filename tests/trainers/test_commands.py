@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from modules.backbone import BackboneConfig, load_backbone
 from modules.uniedit import UNIEDIT_PROTOCOLS
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
@@ -67,9 +70,51 @@ def test_edit_reads_prompts_from_standard_input_and_keeps_a_pool(
     assert "1 edits in the pool" in capsys.readouterr().err
 
 
+NUDGE = {"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+TINY = json.dumps({"source": "random:llama", "overrides": SHAPE})
+
+
+def test_edit_with_a_training_free_editor(edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nudge, first, later = tmp_path / "nudge.yaml", tmp_path / "first.jsonl", tmp_path / "later.jsonl"
+    nudge.write_text(json.dumps(NUDGE))
+    lines = edits.read_text().splitlines()
+    first.write_text(lines[0])
+    later.write_text(lines[1])
+    given = [f"--editor={nudge}", f"--backbone={TINY}", "--prompt", "Lyon is in"]
+    run(edit, [*given, f"--edits={first}", f"--save={tmp_path / 'pool'}"])
+    shown = capsys.readouterr()
+    assert "1 edits in the pool" in shown.err
+    before, after = (line.split(":", 1)[1] for line in shown.out.splitlines()[1:3])
+    assert before != after
+    run(edit, [*given, f"--pool={tmp_path / 'pool'}"])
+    assert capsys.readouterr().out == shown.out
+    run(edit, [*given, f"--pool={tmp_path / 'pool'}", f"--edits={later}", f"--merge={tmp_path / 'plain'}"])
+    assert "2 edits in the pool" in capsys.readouterr().err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    loaded = load_backbone(BackboneConfig("random:llama", overrides=SHAPE)).model
+    differ = {n for n, p in merged.named_parameters() if not torch.equal(p, loaded.get_parameter(n))}
+    assert differ == {"model.layers.1.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--save=x"], "--save: not with icl: it has nothing to save"),
+        (["--merge=x"], "--merge: not with icl: its edits are no change of weights"),
+        (["--pool=x"], "--pool: not with icl: it cannot go on from saved edits"),
+        (["--remove={edits}"], "--remove: not with icl: it cannot take single edits out"),
+    ],
+)
+def test_edit_says_what_a_method_cannot_do(edits: Path, more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(edit, ["--editor=icl", f"--backbone={TINY}", f"--edits={edits}", *(m.format(edits=edits) for m in more)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--editor={editor}", "--edits={edits}", f"--backbone={TINY}"], "brings its own"),
         (["--editor=nowhere", "--edits={edits}"], "no editor.json"),
         (["--editor={editor}"], "give --edits FILE"),
         (["--editor={editor}", "--edits=missing.jsonl"], "missing.jsonl"),
@@ -81,8 +126,11 @@ def test_edit_says_what_is_wrong(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "Lyon is in"}', encoding="utf-8")
+    named = {"{editor}": str(exported), "{edits}": str(edits), "{bad}": str(bad)}
+    for name, value in named.items():
+        arguments = [a.replace(name, value) for a in arguments]
     with pytest.raises(SystemExit) as stop:
-        run(edit, [a.format(editor=exported, edits=edits, bad=bad) for a in arguments])
+        run(edit, arguments)
     assert message in str(stop.value)
 
 
@@ -107,7 +155,7 @@ def test_evaluate_by_uniedits_protocol(exported: Path, tmp_path: Path, capsys: p
     report = json.loads(out.read_text())
     assert report["meta"]["protocols"] == UNIEDIT_PROTOCOLS
     assert {editor: cells["3"]["hops_made"] for editor, cells in report["runs"].items()} == {
-        "unedited": "together",
+        "unedited": "further",
         "incomes": "further",
     }
     assert report["aggregate"]["unedited"]["3"]["locality/uniedit_top_5"]["value"] == 1.0
@@ -117,6 +165,20 @@ def test_evaluate_by_uniedits_protocol(exported: Path, tmp_path: Path, capsys: p
     assert heads[0] == ["Editor", "Pool", "Reliability", "Generality", "Locality"]
     assert heads[1][:4] == ["Editor", "Pool", "Rep", "MH"]
     assert "UniEdit's protocol" in screen
+
+
+def test_evaluate_takes_exports_and_training_free_editors_alike(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    sources = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
+    small = ["--records=2", "--pool_sizes=2", "--exact_match=false", "--baselines=[]", f"--data={sources}"]
+    again = "{editor: icl, name: icl_reordered, seed: 1}"
+    given = ["--editor", "icl", f"--editor={exported}", "--editor", again]
+    run(evaluate_command.evaluate, [*given, f"--out={out}", *small])
+    aggregate = json.loads(out.read_text())["aggregate"]
+    assert list(aggregate) == ["icl", "incomes", "icl_reordered"]
+    assert all("reliability/token_accuracy" in cells["2"] for cells in aggregate.values())
+    with pytest.raises(SystemExit, match="nothing to evaluate on"):
+        run(evaluate_command.evaluate, ["--editor", "icl", *small])
 
 
 def test_evaluate_refuses_an_unknown_baseline(exported: Path) -> None:

@@ -89,7 +89,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
     assert (meta["mode"], meta["pool_sizes"], meta["protocols"]) == ("batch", [2, 4], PROTOCOLS)
     assert meta["backbone"]["source"] == "random:llama"
     assert meta["versions"]["torch"] == torch.__version__
-    assert set(meta["versions"]) == {"palimpsest", "torch", "transformers", "lightning"}
+    assert {"palimpsest", "torch", "transformers", "lightning"} <= set(meta["versions"])
     for part in ("aggregate", "runs", "records"):
         assert {editor: list(cells) for editor, cells in report[part].items()} == {
             "unedited": ["4"],  # no pool matters to it: the largest tells all

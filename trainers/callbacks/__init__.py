@@ -1,5 +1,6 @@
 """Lightning callbacks, one a file, for the `trainer.callbacks` of a config."""
 
+from trainers.callbacks.baselines import Baselines
 from trainers.callbacks.bottleneck_figures import BottleneckFigures
 from trainers.callbacks.final_evaluation import FinalEvaluation
 from trainers.callbacks.grad_norm import GradNorm
@@ -13,6 +14,7 @@ from trainers.callbacks.step_seed import StepSeed
 from trainers.callbacks.throughput import Throughput
 
 __all__ = [
+    "Baselines",
     "BottleneckFigures",
     "FinalEvaluation",
     "GradNorm",

@@ -1,13 +1,16 @@
 """What several callbacks need: the run's TensorBoard files, its records, and a model left as it was found."""
 
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -77,3 +80,72 @@ def untouched(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes.items():
             m.training = training
+
+
+@contextmanager
+def as_loaded(model: nn.Module) -> Iterator[None]:
+    """The model as it comes from disk: in eval mode, frozen, without adapters. Afterwards modes, `requires_grad`,
+    gradients, hooks and forward methods are what they were, whatever was done to them; weights are not guarded."""
+    modules = list(model.modules())
+    adapters = [
+        (parent, name, child)
+        for parent in modules
+        for name, child in parent.named_children()
+        if isinstance(child, BaseTunerLayer)
+    ]
+    modes = [m.training for m in modules]
+    forwards = [vars(m).get("forward") for m in modules]
+    hooks = [(d, dict(d)) for m in modules for key, d in vars(m).items() if "_hooks" in key and isinstance(d, dict)]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for parent, name, child in adapters:
+            setattr(parent, name, child.base_layer)
+        for p, *_ in parameters:
+            p.requires_grad_(False)
+            p.grad = None
+        model.eval()
+        yield
+    finally:
+        for parent, name, child in adapters:
+            setattr(parent, name, child)
+        for m, training, forward in zip(modules, modes, forwards, strict=True):
+            m.training = training
+            vars(m).pop("forward", None)
+            if forward is not None:
+                vars(m)["forward"] = forward
+        for there, before in hooks:
+            there.clear()
+            there.update(before)
+        for p, required, gradient in parameters:
+            p.requires_grad_(required)
+            p.grad = gradient
+
+
+@contextmanager
+def by_hand(module: L.LightningModule) -> Iterator[Backbone]:
+    """The run's unedited model, as whoever loads it by itself has it: whole, as loaded, with gradients where they are
+    wanted. All ranks come here together; the run does not notice (see `untouched` and `as_loaded`)."""
+    with (
+        torch.inference_mode(False),  # outermost: what is gathered in inference mode cannot be differentiated through
+        untouched(module),
+        trained_editor(module).original() as backbone,
+        as_loaded(backbone.model),
+        torch.enable_grad(),
+    ):
+        yield backbone
+
+
+def gather(trainer: L.Trainer, value: Any) -> list[Any]:
+    """Every rank's value, on every rank; all of them come here together."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch (CPU, GPU), numpy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

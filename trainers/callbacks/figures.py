@@ -93,7 +93,7 @@ def heat_map(selection: Selection, edits: Sequence[str], panels: Sequence[str], 
     tokens, answer_from = selection.tokens[first:], max(0, selection.answer_from - first)
     rows = math.ceil(len(panels) / columns)
     columns = math.ceil(len(panels) / rows)
-    figure = _figure(max(7.5, columns * (0.12 * len(edits) + 0.5) + 1.6), rows * (0.14 * len(tokens) + 0.4) + 2.0)
+    figure = blank(max(7.5, columns * (0.12 * len(edits) + 0.5) + 1.6), rows * (0.14 * len(tokens) + 0.4) + 2.0)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     image = None
     for i, axes in enumerate(grid.flat):
@@ -124,7 +124,7 @@ def layer_profile(layers: Sequence[int], in_scope: Profile, out_of_scope: Profil
     Args:
         layers: numbers of the active layers; where a profile has one choice for all of them it is a level line.
     """
-    figure = _figure(10, 3.5)
+    figure = blank(10, 3.5)
     panels: Any = figure.subplots(1, 3)
     names = {
         "zero": ("reads nothing", "probability of the zero-gist"),
@@ -142,7 +142,7 @@ def layer_profile(layers: Sequence[int], in_scope: Profile, out_of_scope: Profil
         highest = max(float(getattr(values, name).max()) for _, values, *_ in drawn)
         axes.set_ylim((-0.03, 1.03) if name != "entropy" else (0, 1.1 * highest + 0.01))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _open(axes)
+        open_axes(axes)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     shared = " (one choice for all layers)" if len(in_scope.zero) < len(layers) else ""
@@ -157,7 +157,7 @@ def token_trace(selections: Sequence[Selection]) -> Figure:
     """
     tokens = max(min(len(s.tokens), MOST_TOKENS) for s in selections)
     width = max(4.5, 0.2 * tokens + 1.2)  # inches
-    figure = _figure(width * len(selections), 4.8)
+    figure = blank(width * len(selections), 4.8)
     grid = figure.subplots(2, len(selections), sharex="col", sharey="row", squeeze=False, height_ratios=[2, 1])
     for column, selection in enumerate(selections):
         above, below = grid[:, column]
@@ -173,7 +173,7 @@ def token_trace(selections: Sequence[Selection]) -> Figure:
             axes.plot(at, y, style, color=colour, label=label, markersize=3.5, linewidth=1.3)
         for axes in (above, below):
             axes.axvspan(selection.answer_from - first - 0.5, len(at) - 0.5, color="#EEEEEE", zorder=0, linewidth=0)
-            _open(axes)
+            open_axes(axes)
         above.set_ylim(-0.03, 1.03)
         above.tick_params(labelbottom=False)
         above.set_title(_title(selection, int(16 * (width - 0.5))), fontsize=8, parse_math=False)
@@ -193,7 +193,8 @@ def shorten(text: str, most: int) -> str:
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
@@ -226,7 +227,8 @@ def _emphasise(labels: Sequence[Any], colours: dict[Any, str]) -> None:
             label.set(fontweight="bold", color=colours[i])
 
 
-def _open(axes: Axes) -> None:
+def open_axes(axes: Axes) -> None:
+    """Axes without a box, with a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -1,7 +1,6 @@
 """The run's result: the test records before and after training, beside the baselines."""
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, evaluate, fewer_queries
+from modules.evaluation import Answers, evaluate
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.callbacks.common import trained_editor, untouched
+from trainers.evaluation_run import drawn
 from trainers.report import COLUMNS, Report, add_evaluation, add_failure, new_report, print_table, write_json
 
 BASELINES: tuple[type[Editor], ...] = (Unedited, InContext, RightEdit)
@@ -71,9 +71,7 @@ class FinalEvaluation(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained_editor(pl_module)
-        self._records, self._data = drawn_records(trainer, self.records, self.seed)
-        if self.queries_per_kind:
-            self._records = [fewer_queries(r, self.queries_per_kind, self.seed) for r in self._records]
+        self._records, self._data = drawn_records(trainer, self.records, self.seed, self.queries_per_kind)
         self._sizes = sorted({min(size, len(self._records)) for size in self.pool_sizes})
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.json"
         self._originals: Answers | None = None
@@ -136,7 +134,9 @@ class FinalEvaluation(L.Callback):
             write_json(self._path, self._report)
 
 
-def drawn_records(trainer: L.Trainer, count: int, seed: int) -> tuple[list[EditRecord], str]:
+def drawn_records(
+    trainer: L.Trainer, count: int, seed: int, queries_per_kind: int | None = None
+) -> tuple[list[EditRecord], str]:
     """`count` test records of the run's DataModule, drawn as `trainers.evaluate` does, and where they come from.
 
     Raises:
@@ -146,9 +146,9 @@ def drawn_records(trainer: L.Trainer, count: int, seed: int) -> tuple[list[EditR
     if not hasattr(datamodule, "test_records"):
         raise TypeError("FinalEvaluation needs a DataModule with test_records(), such as EditDataModule")
     every: list[EditRecord] = datamodule.test_records()  # type: ignore[union-attr]
-    chosen = random.Random(seed).sample(range(len(every)), min(count, len(every)))
+    chosen = drawn(lambda at: [every[i] for i in at], len(every), count, seed, queries_per_kind)
     sources = "; ".join(getattr(source, "name", str(source)) for source in getattr(datamodule, "test", None) or [])
-    return [every[i] for i in chosen], sources
+    return chosen, sources
 
 
 def flat_metrics(by_size: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -1,14 +1,12 @@
 """Random numbers of training that depend on the place in the training alone."""
 
 import os
-import random
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
 
 from datamodules.schedule import stable_hash
+from trainers.callbacks.common import seed_all
 
 
 class StepSeed(L.Callback):
@@ -40,7 +38,4 @@ class StepSeed(L.Callback):
     ) -> None:
         # an epoch, and a resumed run, begins with the first micro-batch of a step
         place = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
-        seed = stable_hash("draws", self._seed, trainer.global_step, place)
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_all(stable_hash("draws", self._seed, trainer.global_step, place))

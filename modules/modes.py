@@ -1,0 +1,166 @@
+"""Consecutive editing: batches of edits one on top of another, and what is retained on the way.
+
+Batches of one edit are sequential editing, larger ones consecutive batch editing. At each checkpoint all edits so far
+are evaluated, so a figure says what the model still knows, not what it knew right after each edit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.records import EditRecord, EditRequest
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor
+from modules.evaluation import Answers, Evaluation, evaluate_pool, now, without_collisions
+from modules.interventions import LowRank, linear
+from modules.metrics import summarise
+
+
+class Norms(NamedTuple):
+    """Sums of a matrix's absolute values (entrywise L1 norms): before the edits, after them, and of their difference.
+
+    Their growth with the number of edits is EAC's figure 2.
+    """
+
+    unedited: float
+    edited: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a number of edits.
+
+    Attributes:
+        evaluation: of all records edited so far, whose number is its `pool_size`; seconds are counted from the start.
+        first: aggregates over the records of the first checkpoint alone: what later edits leave of the earliest.
+        norms: of each edited matrix by name; empty where the editor changes none.
+    """
+
+    evaluation: Evaluation
+    first: dict[str, dict[str, Any]]
+    norms: dict[str, Norms]
+
+
+def consecutive(
+    editor: Editor,
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    batch: int = 1,
+    checkpoints: Sequence[int] | None = None,
+    exact_match: bool = False,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    seed: int = 0,
+    originals: Answers | None = None,
+    progress: Callable[[int], None] | None = None,
+    at_checkpoint: Callable[[Checkpoint], None] | None = None,
+) -> list[Checkpoint]:
+    """Edit the records batch after batch, each on top of all earlier ones, and evaluate all so far at checkpoints.
+
+    Locality and portability queries that name the subject of any other record are left out from the start, so that
+    every checkpoint asks the same of a record.
+
+    Args:
+        batch: records of one edit.
+        checkpoints: numbers of records; by default 1, 10, 100, ... Each is moved to the end of its batch, and the end
+            of all is always one.
+        seed: of the bootstrap.
+        originals: the unedited model's answers, kept over calls; by default asked anew of `backbone`.
+        progress: called with the number of records edited or evaluated since the last call (see `work`).
+        at_checkpoint: called with each checkpoint as it is reached.
+
+    Raises:
+        ValueError: without records, for a batch or checkpoint below 1, for an editor that is given each record's own
+            edit; and whatever the editor raises, NotImplementedError where it cannot edit what is edited.
+    """
+    stops = stops_of(len(records), batch, checkpoints)
+    if editor.own_edit_only:
+        raise ValueError(f"{editor.name} has only each record's own edit: there is nothing to edit consecutively")
+    options: dict[str, Any] = {"exact_match": exact_match, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    kept, left_out = without_collisions(records)
+    originals = originals or Answers(Edited(backbone))
+    originals.ask(kept, **options)
+    found: list[Checkpoint] = []
+    edit_seconds = answer_seconds = 0.0
+    edited: Edited | None = None
+    with ExitStack() as stack:
+        for at in range(0, len(records), batch):
+            requests = [request for record in records[at : at + batch] for request in record.requests]
+            start = now(backbone)
+            edited = _edit(stack, editor, backbone, edited, requests)
+            ready = now(backbone)
+            edit_seconds += ready - start
+            done = min(at + batch, len(records))
+            _tell(progress, done - at)
+            if done not in stops:
+                continue
+            results = evaluate_pool(edited, originals, kept[:done], **options)
+            results = [result | {"left_out": n} for result, n in zip(results, left_out, strict=False)]
+            answer_seconds += now(backbone) - ready
+            settings = options | {
+                "batch": batch,
+                "records": done,
+                "queries_left_out": sum(left_out[:done]),
+                "bootstrap_seed": seed,
+            }
+            aggregates = summarise(results, seed=seed)
+            evaluation = Evaluation(editor.name, done, results, aggregates, edit_seconds, answer_seconds, settings)
+            first = summarise(results[: stops[0]], seed=seed)
+            found.append(Checkpoint(evaluation, first, norms(backbone, edited.weight_changes())))
+            _tell(progress, done)
+            if at_checkpoint:
+                at_checkpoint(found[-1])
+    return found
+
+
+def stops_of(count: int, batch: int, checkpoints: Sequence[int] | None = None) -> list[int]:
+    """The checkpoints among `count` records, in order (see `consecutive`).
+
+    Raises:
+        ValueError: without records, or for a batch or checkpoint below 1.
+    """
+    wanted = [10**i for i in range(len(str(count)))] if checkpoints is None else list(checkpoints)
+    if count < 1 or batch < 1 or min(wanted, default=1) < 1:
+        raise ValueError(
+            f"needs records, a batch and checkpoints of at least 1; got {count} records, batch {batch}, checkpoints "
+            f"{wanted}"
+        )
+    return sorted({min(-(-stop // batch) * batch, count) for stop in (*wanted, count)})
+
+
+def work(count: int, batch: int, checkpoints: Sequence[int] | None = None) -> int:
+    """The total of what `consecutive` tells `progress`."""
+    return count + sum(stops_of(count, batch, checkpoints))
+
+
+@torch.no_grad()
+def norms(backbone: Backbone, changes: Mapping[str, LowRank | Tensor]) -> dict[str, Norms]:
+    """Entrywise L1 norms of matrices under changes (see `Edited.weight_changes`)."""
+    found = {}
+    for name, change in changes.items():
+        layer = linear(backbone.model, name)
+        weight: Tensor = layer.weight.float()  # type: ignore[operator, assignment]
+        delta = (change.weight()[0] if isinstance(change, LowRank) else change).to(weight)  # [d_in, d_out]
+        delta = delta.T if isinstance(layer, nn.Linear) else delta
+        found[name] = Norms(*(float(m.abs().sum()) for m in (weight, weight + delta, delta)))
+    return found
+
+
+def _edit(
+    stack: ExitStack, editor: Editor, backbone: Backbone, edited: Edited | None, requests: Sequence[EditRequest]
+) -> Edited:
+    if edited is None:
+        return stack.enter_context(editor.edit(backbone, requests))
+    # where the edits are the object's alone, the old one need not be kept: a thousand of them would fill the memory
+    add = getattr(edited, "add", None)
+    return add(requests) if add else stack.enter_context(edited.edit(requests))
+
+
+def _tell(progress: Callable[[int], None] | None, count: int) -> None:
+    if progress:
+        progress(count)

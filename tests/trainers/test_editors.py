@@ -1,0 +1,138 @@
+"""Editors by what a user writes: every shipped file for every known model, changes, and errors of one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deltas import Nudge
+
+from modules.backbone import Backbone
+from modules.editor import Editor
+from modules.training_free import known
+from modules.training_free.icl import InContext
+from modules.training_free.known import KNOWN, Size, known_as
+from trainers.editors import FOLDER, choose, known_names, read, training_free
+
+NUDGE = {
+    "class_path": "deltas.Nudge",
+    "init_args": {"layers": [1], "draw": {"scale": 0.5}},
+    "backbones": {"gpt2-xl": {"layers": [13, 14]}, "smollm2-135m": {"draw": {"scale": 2}}},
+}
+
+
+@pytest.fixture
+def nudge(tmp_path: Path) -> str:
+    """The path of a config."""
+    return written(tmp_path / "nudge.yaml", NUDGE)
+
+
+def written(path: Path, config: Any) -> str:
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", known_names())
+def test_every_shipped_file_for_every_known_model(name: str) -> None:
+    config = training_free(name)
+    for model in (None, *KNOWN):
+        editor = config.made_for(model)
+        assert isinstance(editor, Editor)
+        assert editor.name == name
+        assert config.resolved(model).keys() >= config.arguments.keys()
+
+
+def test_what_ships() -> None:
+    assert {"unedited", "icl", "icl_right_edit"} <= set(known_names())
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == set(known_names())
+
+
+def test_a_model_is_known_by_its_sizes(tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny("gpt2")
+    assert known_as(backbone) is None
+    monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32))
+    assert known_as(backbone) == "gpt2-xl"
+    assert known_as(tiny("gptj")) is None
+    assert len(set(KNOWN.values())) == len(KNOWN)
+
+
+def test_values_of_a_backbone_are_put_over_the_defaults_and_changes_over_both(
+    nudge: str, tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = training_free({"editor": nudge, "name": "hard", "draw": {"scale": "5e-1"}, "fails_after": 3})
+    assert config.resolved("gpt2-xl") == {"layers": [13, 14], "draw": {"scale": 0.5}, "fails_after": 3}
+    assert training_free(nudge).resolved("smollm2-135m")["draw"] == {"scale": 2.0}
+    monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32))
+    (plain, hard) = choose(read([nudge, {"editor": nudge, "name": "hard", "layers": [2]}]), tiny("gpt2"))
+    assert isinstance(plain.editor, Nudge)
+    assert isinstance(hard.editor, Nudge)
+    assert (plain.editor.name, hard.editor.name) == ("nudge", "hard")
+    assert (plain.editor.layers, hard.editor.layers) == ([13, 14], [2])
+    assert plain.editor.draw.scale == 0.5
+    assert plain.facts["init_args"] == config.resolved("gpt2-xl") | {"fails_after": -1}
+    assert plain.facts["class_path"] == "deltas.Nudge"
+
+
+def test_an_unknown_model_gets_the_defaults_and_one_warning(nudge: str, tiny: Callable[..., Backbone]) -> None:
+    with pytest.warns(UserWarning, match="only for gpt2-xl, smollm2-135m; it runs with its defaults") as caught:
+        (found,) = choose(read([nudge]), tiny())
+    assert len([w for w in caught if "defaults" in str(w.message)]) == 1
+    assert found.facts["init_args"]["layers"] == [1]
+
+
+def test_an_editor_without_values_of_backbones_needs_no_warning(
+    tiny: Callable[..., Backbone], recwarn: pytest.WarningsRecorder
+) -> None:
+    (found,) = choose(read([{"editor": "icl", "seed": 3}]), tiny())
+    assert isinstance(found.editor, InContext)
+    assert found.editor.seed == 3
+    assert not [w for w in recwarn if "defaults" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", "no editor .nowhere.: .* no editor.json .* the training-free editors are: .*icl, icl_right_edit"),
+        ({"weight": 3}, "needs the key `editor`"),
+        (
+            {"editor": "{nudge}", "weight": 3},
+            "argument 'weight' is not known; there are: draw, fails_after, harm",
+        ),
+        ({"editor": "{nudge}", "layers": "x"}, r"nudge \(nudge.yaml\): .*\"layers\".*Got value: x"),
+        ({"editor": "{nudge}", "draw": {"size": 3}}, "'size' is not accepted"),
+        ({"editor": "{nudge}", "draw": 3}, "draw"),
+    ],
+)
+def test_what_a_user_wrote_wrongly_is_one_line(nudge: str, spec: Any, message: str) -> None:
+    if isinstance(spec, dict) and "editor" in spec:
+        spec = spec | {"editor": nudge}
+    with pytest.raises(ValueError, match=message) as error:
+        training_free(spec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_path": "deltas.Nothing"}, "'deltas.Nothing' cannot be imported"),
+        ({"class_path": "deltas.Draw"}, "'deltas.Draw' is no Editor"),
+        ({"class_path": "Nudge"}, "cannot be imported"),
+        ({"inti_args": {}}, "needs class_path and may have init_args and backbones, nothing else; got .*inti_args"),
+        ({"init_args": {"layer": 1}}, r"\(nudge.yaml, init_args\): argument 'layer' is not known"),
+        ({"backbones": {"gpt-5": {}}}, "backbone 'gpt-5' is not known; there are: gpt-j-6b, gpt-neox-20b, gpt2-xl"),
+        ({"backbones": {"gpt2-xl": {"layer": 1}}}, "backbones.gpt2-xl.*'layer' is not known"),
+        ({"backbones": {"gpt2-xl": {"layers": 1}}}, r"\"layers\""),
+        ({"backbones": {"gpt2-xl": 3}}, "must be a mapping"),
+        ({"init_args": {"draw": {}}, "backbones": {}}, "required: layers"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        training_free(written(tmp_path / "nudge.yaml", NUDGE | change))
+    assert "\n" not in str(error.value)
+
+
+def test_two_editors_of_one_name_are_refused(nudge: str, tiny: Callable[..., Backbone]) -> None:
+    with pytest.raises(ValueError, match="two editors are called 'nudge'; give each a name"):
+        choose(read([nudge, {"editor": nudge, "layers": [2]}]), tiny())

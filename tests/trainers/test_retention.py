@@ -1,0 +1,154 @@
+"""A run of consecutive editing: its file, its figure, what a later call keeps, and the command."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deltas import Nudge
+from rich.console import Console
+
+from datamodules.records import EditRecord
+from modules.backbone import Backbone
+from modules.training_free.icl import InContext, Unedited
+from trainers import evaluate as evaluate_command
+from trainers import retention as module
+from trainers.callbacks import curves
+from trainers.command import run as command
+from trainers.editors import Chosen
+from trainers.retention import run_consecutive
+
+METRIC = "reliability/token_accuracy"
+
+
+@pytest.fixture
+def backbone(tiny: Any) -> Backbone:
+    return tiny()
+
+
+def chosen(**changes: Any) -> list[Chosen]:
+    nudge = {"layers": [1], **changes}
+    return [Chosen(Unedited(), {"x": 1}), Chosen(Nudge(**nudge), nudge)]
+
+
+def run(backbone: Backbone, records: list[EditRecord], out: Path, editors: list[Chosen], batch: int = 1) -> Any:
+    screen = StringIO()
+    report = run_consecutive(
+        editors, backbone, records, batch, [1, 2], False, out, console=Console(file=screen, width=100)
+    )
+    assert json.loads(out.read_text()) == report
+    return report, screen.getvalue()
+
+
+def test_file_and_figure(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(module, "retention", lambda report: drawn.append(curves.retention(report)) or drawn[0])
+    report, screen = run(backbone, records, tmp_path / "r.json", chosen())
+    assert report["meta"]["mode"] == "sequential"
+    assert report["meta"]["pool_sizes"] == [1, 2, 4]
+    assert list(report["aggregate"]["nudge"]) == ["1", "2", "4"]
+    points = report["curves"]["nudge"]
+    assert [p["edits"] for p in points] == [1, 2, 4]
+    assert all(p["seconds_per_edit"] == p["edit_seconds"] / p["edits"] > 0 for p in points)
+    assert points[0]["first"][METRIC] == report["aggregate"]["nudge"]["1"][METRIC]["value"]
+    (norm,) = {tuple(p["norms"]) for p in points}
+    assert norm == ("model.layers.1.mlp.down_proj",)
+    assert report["finished"] == {"unedited": {"x": 1}, "nudge": {"layers": [1]}}
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "1 at a time" in screen
+    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    assert list(panels) == ["Reliability", "Generality", "Locality", "Portability", "L1 norm of edited matrices"]
+    growth = panels["L1 norm of edited matrices"].get_lines()[0].get_ydata()
+    norms = [p["norms"][norm[0]] for p in points]
+    assert list(growth) == pytest.approx([100 * (n["edited"] / n["unedited"] - 1) for n in norms])
+    locality = [report["aggregate"]["nudge"][n]["locality/token_agreement"]["value"] for n in ("1", "2", "4")]
+    lines = {(line.get_label(), line.get_linestyle()): list(line.get_ydata()) for line in panels["Locality"].lines}
+    assert lines["nudge", "-"] == locality
+    assert lines["unedited", "-"] == [1, 1, 1]
+
+
+def test_a_later_call_keeps_what_is_finished(backbone: Backbone, records: list[EditRecord], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    first, _ = run(backbone, records, out, chosen())
+    Nudge.calls.clear()
+    again, screen = run(backbone, records, out, [*chosen(), Chosen(InContext(), {})])
+    assert Nudge.calls == []
+    assert "kept from" in screen
+    assert again["curves"]["nudge"] == first["curves"]["nudge"]
+    assert again["records"]["nudge"] == first["records"]["nudge"]
+    assert list(again["curves"]) == ["unedited", "nudge", "icl"]
+    run(backbone, records, out, chosen(layers=[2]))  # made of something else
+    assert len(Nudge.calls) == 4
+    run(backbone, records, out, chosen(layers=[2]), batch=2)  # another setup
+    assert Nudge.calls[4:] == [2, 2]
+    run(backbone, records[:3], out, chosen(layers=[2]), batch=2)
+    assert Nudge.calls[6:] == [2, 1]
+
+
+def test_a_failure_is_marked_where_it_came_and_tried_again(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path
+) -> None:
+    out = tmp_path / "r.json"
+    report, screen = run(backbone, records, out, chosen(fails_after=1), batch=2)
+    assert report["aggregate"]["nudge"] == {"2": {"error": "ValueError: at most 1 edits"}}
+    assert list(report["finished"]) == ["unedited"]
+    assert "at most 1 edits" in screen
+    report, _ = run(backbone, records, out, chosen(fails_after=2), batch=2)
+    assert list(report["finished"]) == ["unedited", "nudge"]
+
+
+def test_a_stopped_run_leaves_its_checkpoints(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = tmp_path / "r.json", Nudge.terms
+
+    def terms(self: Any, backbone: Any, requests: Any, old: Any) -> Any:
+        if old and next(iter(old.values())).a.shape[1] == 2:
+            raise KeyboardInterrupt
+        return plain(self, backbone, requests, old)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Nudge, "terms", terms)
+        with pytest.raises(KeyboardInterrupt):
+            run(backbone, records, out, chosen())
+    report = json.loads(out.read_text())
+    assert list(report["aggregate"]["nudge"]) == ["1", "2"]
+    assert list(report["finished"]) == ["unedited"]
+    report, _ = run(backbone, records, out, chosen())
+    assert [p["edits"] for p in report["curves"]["nudge"]] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        (["--mode=sequential", "--checkpoints", "1,2"], {"1": 1, "2": 2, "3": 3}),
+        (["--mode=consecutive", "--batch=2"], {"2": 2, "3": 3}),
+        (["--mode=single"], {"1": 3}),
+        (["--mode=batch", "--batch=3"], {"3": 3}),
+    ],
+)
+def test_modes_by_the_command(mode: list[str], wanted: dict[str, int], tmp_path: Path) -> None:
+    nudge, out = tmp_path / "nudge.yaml", tmp_path / "r.json"
+    nudge.write_text(yaml.safe_dump({"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}))
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = json.dumps({"source": "random:llama", "overrides": shape})
+    data = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
+    given = [f"--backbone={backbone}", f"--data={data}", "--records=3", "--exact_match=false", f"--out={out}"]
+    command(evaluate_command.evaluate, ["--editor", str(nudge), "--singles=2", *given, *mode])
+    report = json.loads(out.read_text())
+    assert report["meta"]["mode"] in mode[0]
+    assert {n: len(found) for n, found in report["records"]["nudge"].items()} == wanted
+    assert "unedited" in report["aggregate"]
+    assert ("curves" in report) == (mode[0] in ("--mode=sequential", "--mode=consecutive"))
+
+
+@pytest.mark.parametrize(
+    "mode", [["--mode=consecutive"], ["--mode=sequential", "--batch=2"], ["--mode=single", "--checkpoints=1"]]
+)
+def test_modes_that_do_not_go_together_are_refused(mode: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"the mode is single|do not go together"):
+        command(evaluate_command.evaluate, ['--data=[{"format": "facts"}]', *mode])
