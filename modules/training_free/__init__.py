@@ -7,3 +7,7 @@ from modules.training_free.memit import MEMIT as MEMIT
 from modules.training_free.memit import PMET as PMET
 from modules.training_free.rome import ROME as ROME
 from modules.training_free.rome import RROME as RROME
+from modules.training_free.ft import FTEAC as FTEAC
+from modules.training_free.ft import FTL as FTL
+from modules.training_free.ft import FTM as FTM
+from modules.training_free.lora import LoRA as LoRA
