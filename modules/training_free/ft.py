@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modules.backbone import Backbone
 from modules.interventions import shape
-from modules.training_free.shared import Layer, layer_numbers
+from modules.training_free.locate import layer_numbers
+from modules.training_free.shared import Layer
 from modules.training_free.tuned import Change, Dense, Objective, Term, TuningEditor
 
 
@@ -68,7 +69,7 @@ class FTM(TuningEditor):
     def names(self, backbone: Backbone) -> list[str]:
         parts = backbone.parts
         of_layer = (parts.down,) if self.modules == "down" else parts.mlp
-        numbers = layer_numbers(self.layers, len(backbone.layers))
+        numbers = layer_numbers(backbone, self.layers)
         return [f"{parts.layers}.{i}.{name}" for i in numbers for name in of_layer]
 
     def start(self, backbone: Backbone, count: int) -> Change:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from modules.backbone import Backbone
 from modules.interventions import LowRank, shape
-from modules.training_free.shared import Layer, layer_numbers
+from modules.training_free.locate import layer_numbers
+from modules.training_free.shared import Layer
 from modules.training_free.tuned import Change, Term, TuningEditor
 
 ORTHOGONALITY = 0.5  # weight of AdaLoRA's regulariser, peft's default
@@ -118,7 +119,7 @@ class LoRA(TuningEditor):
 
     def names(self, backbone: Backbone) -> list[str]:
         depth, parts = len(backbone.layers), backbone.parts
-        numbers = range(depth) if self.layers is None else layer_numbers(self.layers, depth)
+        numbers = range(depth) if self.layers is None else layer_numbers(backbone, self.layers)
         of_layer = [f"{x}_proj" for x in self.targets] if hasattr(backbone.attention(0), "q_proj") else [parts.keys]
         return [f"{parts.layers}.{i}.{parts.attention}.{name}" for i in numbers for name in of_layer]
 

@@ -1,4 +1,4 @@
-"""What the editors that tune or remember share: which requests and layers they take, and how their state is kept."""
+"""What the editors that tune or remember share: which requests they take, and how their state is kept."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,30 +16,7 @@ from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.hypernetwork.batch import Scored, scored
 
-Layer = int | float
-
-
-def layer_numbers(layers: Sequence[Layer], depth: int) -> list[int]:
-    """Layers of a model of `depth` layers, in order and each once.
-
-    Args:
-        layers: whole numbers, negative ones from the end; or fractions of the depth, 0.0 the first and 1.0 the last.
-
-    Raises:
-        ValueError: for a layer that the model does not have, or without any.
-    """
-    if not layers:
-        raise ValueError("layers is empty; name at least one")
-    found = set()
-    for layer in layers:
-        at = round(layer * (depth - 1)) if isinstance(layer, float) else layer + depth * (layer < 0)
-        if not 0 <= at < depth or (isinstance(layer, float) and not 0 <= layer <= 1):
-            raise ValueError(
-                f"layers: there is no layer {layer}; the model has {depth}: give 0 to {depth - 1}, -{depth} to -1, or "
-                "a fraction of the depth from 0.0 to 1.0"
-            )
-        found.add(at)
-    return sorted(found)
+Layer = int | float  # see `locate.layer_numbers`
 
 
 def to_make(method: str, requests: Sequence[EditRequest], known: Sequence[EditRequest] = ()) -> list[EditRequest]:

@@ -285,23 +285,22 @@ class Tuned(Edited):
         flat = {f"{name}.{part}": tensor for name, term in self.terms.items() for part, tensor in vars(term).items()}
         save_state(folder, self.editor.name, self.requests, flat)
 
-    @classmethod
-    def load(cls, editor: TuningEditor, backbone: Backbone, folder: Path) -> "Tuned":
-        """Read edits that `save` wrote.
+    def restored(self, folder: Path) -> "Tuned":
+        """The same method and backbone with the edits that `save` wrote to a folder.
 
         Raises:
             ValueError: where the folder holds none, or those of another method or model.
         """
-        requests, flat = load_state(folder, editor.name, backbone.device)
+        requests, flat = load_state(folder, self.editor.name, self.backbone.device)
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in flat.items():
             name, _, part = key.rpartition(".")
             parts.setdefault(name, {})[part] = tensor
         terms: dict[str, Term] = {name: Dense(**p) if "d" in p else LowRank(**p) for name, p in parts.items()}
         for name, term in terms.items():
-            if _shape(term) != shape(backbone.model, name):
+            if _shape(term) != shape(self.backbone.model, name):
                 raise ValueError(f"the edits in {folder} are of a model of another size; make them again")
-        return cls(editor, backbone, requests, terms)
+        return Tuned(self.editor, self.backbone, requests, terms)
 
 
 def _row(term: Term, i: int) -> Term:

@@ -74,10 +74,10 @@ def test_enough_steps_make_the_target_certain(tiny: Callable[..., Backbone], req
     backbone = tiny()
     asked = [r.prompt for r in requests], [r.target for r in requests]
     assert min(s.accuracy for s in Edited(backbone).score(*asked)) < 1
-    with FTM(layers=[2], steps=200, lr=5e-3).edit(backbone, requests) as edited:
+    with FTM(layers=[2], steps=100, lr=1e-2).edit(backbone, requests) as edited:
         assert all(score.accuracy == 1 for score in edited.score(*asked))
     one = requests[0]
-    with FTM(layers=[2], steps=200, lr=5e-3).edit(backbone, [one]) as edited:
+    with FTM(layers=[2], steps=100, lr=1e-2).edit(backbone, [one]) as edited:
         rise = edited.score([one.prompt], [one.target])[0].log_probs - Edited(backbone).score(*asked)[0].log_probs
         assert float(rise.min()) > 3  # a random model of width 32 cannot be sure of anything
     row = encode(backbone.tokenizer, one.prompt, one.target)
@@ -87,7 +87,7 @@ def test_enough_steps_make_the_target_certain(tiny: Callable[..., Backbone], req
         hidden = edited.decode(*given)[0].last_hidden_state[0, row.target_start - 1]
         return backbone.logits(hidden).log_softmax(-1)[list(set(row.target_ids))]
 
-    with FTL(layers=[2], steps=200, lr=5e-3).edit(backbone, [one]) as edited:
+    with FTL(layers=[2], steps=100, lr=1e-2).edit(backbone, [one]) as edited:
         assert float((at_the_last_prompt_token(edited) - at_the_last_prompt_token(Edited(backbone))).mean()) > 2
 
 
@@ -185,5 +185,5 @@ def test_steps_must_leave_some_for_the_net() -> None:
 
 
 def test_a_layer_that_is_not_there(tiny: Callable[..., Backbone], requests: list[EditRequest]) -> None:
-    with pytest.raises(ValueError, match="no layer 9"), FTM(layers=[9]).edit(tiny(), requests):
+    with pytest.raises(ValueError, match="layers must be numbers"), FTM(layers=[9]).edit(tiny(), requests):
         pass
