@@ -312,7 +312,7 @@ class GraceEdited(Edited):
         book = self.codebook
         tensors = {"keys": book.keys, "values": book.values, "epsilons": book.epsilons}
         tensors["key_of"] = torch.tensor(book.key_of, dtype=torch.long)
-        save_state(folder, self.editor.name, self.requests, tensors)
+        save_state(folder, type(self.editor).name, self.requests, tensors)
 
     def restored(self, folder: Path) -> "GraceEdited":
         """The same method and backbone with the edits that `save` wrote to a folder.
@@ -320,7 +320,7 @@ class GraceEdited(Edited):
         Raises:
             ValueError: where the folder holds none, or those of another method or model.
         """
-        requests, t = load_state(folder, self.editor.name, self.backbone.device)
+        requests, t = load_state(folder, type(self.editor).name, self.backbone.device)
         sizes = t["keys"].shape[1], t["values"].shape[1]
         if sizes != shape(self.backbone.model, self.name):
             raise ValueError(f"the edits in {folder} are of a layer of another size; make them again")

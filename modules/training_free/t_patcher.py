@@ -289,7 +289,7 @@ class Patched(Edited):
     def save(self, folder: Path) -> None:
         """Write edits.safetensors and edits.json to a folder."""
         tensors = {} if self.neurons is None else self.neurons._asdict()
-        save_state(folder, self.editor.name, self.requests, {**tensors, "of": self.of})
+        save_state(folder, type(self.editor).name, self.requests, {**tensors, "of": self.of})
 
     def restored(self, folder: Path) -> "Patched":
         """The same method and backbone with the edits that `save` wrote to a folder.
@@ -297,7 +297,7 @@ class Patched(Edited):
         Raises:
             ValueError: where the folder holds none, or those of another method or model.
         """
-        requests, tensors = load_state(folder, self.editor.name, self.backbone.device)
+        requests, tensors = load_state(folder, type(self.editor).name, self.backbone.device)
         of = tensors.pop("of").cpu()
         if tensors and (tensors["k"].shape[1], tensors["v"].shape[1]) != ends(self.backbone):
             raise ValueError(f"the edits in {folder} are of a model of another size; make them again")

@@ -224,6 +224,8 @@ class TuningEditor(Editor):
 class Tuned(Edited):
     """A backbone with a tuned change, which is there in its own passes alone.
 
+    The edits of one call share one change, in which none can be told from the others: single ones cannot be removed.
+
     Args:
         requests: the edits that share the change.
         terms: what is added to each layer, of one row.
@@ -263,17 +265,6 @@ class Tuned(Edited):
             terms = {name: together(self.terms[name], t) if name in self.terms else t for name, t in found.items()}
         return Tuned(self.editor, self.backbone, [*self.requests, *new], terms)
 
-    def remove(self, requests: Sequence[EditRequest]) -> "Tuned":
-        """Raises:
-        ValueError: for any edit: those of one call share one change, in which none can be told from the others.
-        """
-        if requests:
-            raise ValueError(
-                f"{self.editor.name} cannot remove single edits, which share one change of the weights; edit the "
-                "unedited model with those that are to stay"
-            )
-        return self
-
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
         model = copy.deepcopy(self.backbone.model)
@@ -283,7 +274,7 @@ class Tuned(Edited):
     def save(self, folder: Path) -> None:
         """Write edits.safetensors and edits.json to a folder."""
         flat = {f"{name}.{part}": tensor for name, term in self.terms.items() for part, tensor in vars(term).items()}
-        save_state(folder, self.editor.name, self.requests, flat)
+        save_state(folder, type(self.editor).name, self.requests, flat)
 
     def restored(self, folder: Path) -> "Tuned":
         """The same method and backbone with the edits that `save` wrote to a folder.
@@ -291,7 +282,7 @@ class Tuned(Edited):
         Raises:
             ValueError: where the folder holds none, or those of another method or model.
         """
-        requests, flat = load_state(folder, self.editor.name, self.backbone.device)
+        requests, flat = load_state(folder, type(self.editor).name, self.backbone.device)
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in flat.items():
             name, _, part = key.rpartition(".")

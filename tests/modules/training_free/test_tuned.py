@@ -68,9 +68,6 @@ def test_one_change_for_a_batch_and_its_merged_weights(
         assert merged.backbone.model is not backbone.model
         for x, y in zip(edited.score(PROMPTS, TARGETS), merged.score(PROMPTS, TARGETS), strict=True):
             torch.testing.assert_close(x.log_probs, y.log_probs, rtol=1e-3, atol=1e-4)
-        assert edited.remove([]) is edited
-        with pytest.raises(ValueError, match="cannot remove single edits"):
-            edited.remove(requests[:1])
 
 
 def test_a_loss_that_is_no_number_is_named(tiny: Callable[..., Backbone], requests: list[EditRequest]) -> None:
