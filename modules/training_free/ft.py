@@ -14,7 +14,8 @@ from modules.backbone import Backbone
 from modules.interventions import shape
 from modules.training_free.locate import layer_numbers
 from modules.training_free.shared import Layer
-from modules.training_free.tuned import Change, Dense, Objective, Term, TuningEditor
+from modules.training_free.terms import Dense, Term
+from modules.training_free.tuned import Change, Objective, TuningEditor
 
 
 class DenseChange(Change):

@@ -18,7 +18,8 @@ from modules.backbone import Backbone
 from modules.interventions import LowRank, shape
 from modules.training_free.locate import layer_numbers
 from modules.training_free.shared import Layer
-from modules.training_free.tuned import Change, Term, TuningEditor
+from modules.training_free.terms import Term
+from modules.training_free.tuned import Change, TuningEditor
 
 ORTHOGONALITY = 0.5  # weight of AdaLoRA's regulariser, peft's default
 

@@ -1,16 +1,15 @@
 """T-Patcher: neurons added to the last FFN, each of which wakes for its own edit (arXiv 2301.09785).
 
-A neuron adds `act(x k + b) v` to the FFN's output; where the FFN is gated, `act(x k + b) (x u + c) v`. x, its input, is
-below all neurons, so a neuron changes nothing that another one sees.
+A neuron adds `act(x k + b) v` to the FFN's output; where the FFN is gated, `act(x k + b) (x u + c) v`.
 
-N edits, P positions that predict a target token, m neurons of an edit, Q positions of memory, n neurons in all.
+N edits, m neurons of an edit, n neurons in all.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +17,15 @@ from transformers import DynamicCache
 from transformers.activations import ACT2FN
 
 from datamodules.records import EditRequest
-from datamodules.tokens import encode, pad, pad_id
+from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.hypernetwork.batch import Scored, padded
-from modules.interventions import Hook, hooked, shape
-from modules.losses import head_of, mean_per_row, token_cross_entropy
+from modules.hypernetwork.batch import Scored
+from modules.interventions import Hook, hooked
+from modules.training_free.neurons import LossWeights, Neurons, Queries, ends, look, losses, places
 from modules.training_free.shared import encode_targets, kept, load_state, save_state, to_make, tuning
 
-
-class Neurons(NamedTuple):
-    """Neurons with any leading shape, [n] or [N, m].
-
-    Args:
-        k, b: weights [..., d] and bias [...] of the activation.
-        u, c: those of what it gates, where the FFN is gated; else of width 0 and unused.
-        v: what an awake neuron adds [..., d].
-    """
-
-    k: Tensor
-    b: Tensor
-    u: Tensor
-    c: Tensor
-    v: Tensor
-
-    def activation(self, x: Tensor) -> Tensor:
-        """Before the activation function: x [..., T, d] -> [..., T, n]."""
-        return x @ self.k.mT + self.b[..., None, :]
-
-    def __call__(self, x: Tensor, act: nn.Module, there: Tensor | None = None) -> Tensor:
-        """What is added to the FFN's output [..., T, d]; `there` [..., 1, n] silences the others."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.k.dtype)
-            awake = act(self.activation(x))
-            if self.u.shape[-1]:
-                awake = awake * (x @ self.u.mT + self.c[..., None, :])
-            return (awake if there is None else awake * there) @ self.v
+CHUNK = 32  # earlier edits that are looked at in one pass
 
 
 @dataclass
@@ -116,6 +88,10 @@ class TPatcher(Editor):
         """
         yield Patched(self, backbone).add(requests)
 
+    @property
+    def weights(self) -> LossWeights:
+        return LossWeights(self.activation_weight, self.memory_weight, self.silence, self.gap, self.top)
+
     def act(self, backbone: Backbone) -> nn.Module:
         config = backbone.model.config
         own = getattr(config, "hidden_act", None) or config.activation_function
@@ -145,45 +121,6 @@ class TPatcher(Editor):
         sizes = [(size, d), (size,), (size, gated), (size,), (size, d_out)]
         first = [self.init * torch.randn(s, generator=draw) for s in sizes]
         return Neurons(*(t.to(backbone.device, dtype).repeat(count, *[1] * t.dim()).requires_grad_() for t in first))
-
-
-def ends(backbone: Backbone) -> tuple[int, int]:
-    """Widths of what the last FFN takes and gives."""
-    first, last = places(backbone)
-    return shape(backbone.model, first)[0], shape(backbone.model, last)[1]
-
-
-def places(backbone: Backbone) -> tuple[str, str]:
-    """The last FFN's first and last linear layer."""
-    parts = backbone.parts
-    at = f"{parts.layers}.{len(backbone.layers) - 1}"
-    return f"{at}.{parts.mlp[0]}", f"{at}.{parts.mlp[-1]}"
-
-
-class Seen(NamedTuple):
-    """What the last FFN takes and what the model ends in before its last norm, [R, T, d] each, and the mask [R, T]."""
-
-    x: Tensor
-    end: Tensor
-    mask: Tensor
-
-
-def look(backbone: Backbone, rows: Sequence[Sequence[int]]) -> Seen:
-    """Run token ids through the model, right-padded."""
-    found: dict[str, Tensor] = {}
-
-    def keep(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        found["x"] = given[0]
-
-    def keep_end(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found["end"] = given[0]
-
-    ids, mask = (t.to(backbone.device) for t in pad(rows, pad_id(backbone.tokenizer)))
-    norm = backbone.model.get_submodule(backbone.parts.norm)
-    with torch.no_grad(), hooked(backbone.model, {places(backbone)[0]: keep}), norm.register_forward_pre_hook(keep_end):
-        backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    wide = torch.promote_types(found["x"].dtype, torch.float32)
-    return Seen(found["x"].to(wide), found["end"], mask)
 
 
 class Patched(Edited):
@@ -257,15 +194,18 @@ class Patched(Edited):
         editor, backbone = self.editor, self.backbone
         texts = look(backbone, editor.memory(backbone))
         memory = [texts.x[texts.mask.bool()]]
-        for seen, row in ((look(backbone, [r.ids]), r) for r in earlier):
-            memory.append(seen.x[0, row.start - 1 : -1])
+        for at in range(0, len(earlier), CHUNK):
+            some = earlier[at : at + CHUNK]
+            for x, row in zip(look(backbone, [row.ids for row in some]).x, some, strict=True):
+                memory.append(x[row.start - 1 : len(row.ids) - 1])
         with self._awake():
             seen = look(backbone, [row.ids for row in rows])
         queries = Queries.of(backbone, rows, seen, editor.per == "token")
         neurons = editor.start(backbone, len(rows), queries.own.shape[2], seen.x.dtype)
         optimizer = torch.optim.Adam(neurons, lr=editor.lr)
+        remembered = torch.cat(memory)
         for _ in range(editor.steps):
-            total = losses(editor, backbone, neurons, queries, torch.cat(memory), self.act).sum()
+            total = losses(editor.weights, backbone, neurons, queries, remembered, self.act).sum()
             if not bool(total.isfinite()):
                 raise FloatingPointError(f"t_patcher: the loss is no number any more; lower lr ({editor.lr})")
             for leaf, gradient in zip(neurons, torch.autograd.grad(total, neurons, allow_unused=True), strict=True):
@@ -302,68 +242,3 @@ class Patched(Edited):
         if tensors and (tensors["k"].shape[1], tensors["v"].shape[1]) != ends(self.backbone):
             raise ValueError(f"the edits in {folder} are of a model of another size; make them again")
         return Patched(self.editor, self.backbone, requests, Neurons(**tensors) if tensors else None, of)
-
-
-class Queries(NamedTuple):
-    """What neurons are tuned on.
-
-    Args:
-        x, end: see `Seen`, at the positions that predict a target token [N, P, d].
-        labels: the tokens they are to predict [N, P].
-        there: positions that an edit has [N, P].
-        own: those that a neuron is to wake for [N, P, m].
-    """
-
-    x: Tensor
-    end: Tensor
-    labels: Tensor
-    there: Tensor
-    own: Tensor
-
-    @classmethod
-    def of(cls, backbone: Backbone, rows: Sequence[Scored], seen: Seen, per_token: bool) -> "Queries":
-        device = seen.x.device
-        ids, _, _ = (t.to(device) for t in padded(backbone.tokenizer, rows))
-        size = torch.tensor([len(row.ids) - row.start for row in rows], device=device)
-        at = torch.arange(int(size.max()), device=device)[None]  # [1, P]
-        there = at < size[:, None]
-        token = (torch.tensor([row.start for row in rows], device=device)[:, None] + at).clamp(max=ids.shape[1] - 1)
-        row = torch.arange(len(rows), device=device)[:, None]
-        each = torch.eye(at.shape[1], dtype=torch.bool, device=device)
-        own = there[..., None] & (each if per_token else torch.ones_like(each[:, :1]))[None]
-        return cls(seen.x[row, token - 1], seen.end[row, token - 1], ids[row, token], there, own)
-
-
-def losses(
-    editor: TPatcher, backbone: Backbone, neurons: Neurons, queries: Queries, memory: Tensor, act: nn.Module
-) -> Tensor:
-    """The loss of each edit [N]: its own, that of activation, and those of memory.
-
-    Args:
-        memory: [Q, d]; the queries of the other edits are added to it.
-    """
-    exists = queries.own.any(1)  # [N, m]
-    patch = neurons(queries.x, act, exists[:, None].to(queries.x.dtype))
-    norm = backbone.model.get_submodule(backbone.parts.norm)
-    row, at = queries.there.nonzero(as_tuple=True)
-    hidden = norm((queries.end[row, at] + patch[row, at]).to(queries.end.dtype))
-    ce = token_cross_entropy(hidden, head_of(backbone.model), queries.labels[row, at])
-    edit = mean_per_row(ce, row, len(queries.x))
-
-    own = neurons.activation(queries.x)  # [N, P, m]
-    mean = _mean(own, queries.own)  # [N, m]
-    awake = _mean((-own).masked_fill(~queries.own, -torch.inf).exp(), queries.own)
-    everything = torch.cat([memory, queries.x[queries.there]])  # [Q', d]
-    mine = torch.cat([row.new_full((len(memory),), -1), row])[None, :, None] == row.new_tensor(
-        range(len(queries.x))
-    ).view(-1, 1, 1)
-    m = neurons.activation(everything[None]).masked_fill(mine, -torch.inf)  # [N, Q', m]
-    top = m.topk(min(editor.top, int((~mine[:, :, 0]).sum(1).min())), dim=1).values
-    silent = (top - editor.silence).exp().mean(1) + (top - mean[:, None] - editor.gap).exp().mean(1)  # [N, m]
-    per_neuron = editor.activation_weight * awake + editor.memory_weight * silent
-    return edit + _mean(per_neuron[..., None], exists[..., None])[:, 0]
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over dim 1 of [N, P, m] where it is true: [N, m]; 0 where it never is."""
-    return (values * where).sum(1) / where.sum(1).clamp(min=1)

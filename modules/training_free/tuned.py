@@ -23,53 +23,12 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.gradients import predicting
 from modules.hypernetwork.batch import Scored, padded
-from modules.interventions import Hook, LowRank, hooked, merge, shape
+from modules.interventions import LowRank, merge, shape
 from modules.losses import head_of, mean_per_row, token_cross_entropy
 from modules.training_free.shared import encode_targets, load_state, save_state, to_make, tuning
+from modules.training_free.terms import Dense, Term, added, as_low_rank, detached, row_of, shape_of, together
 
 Objective = Literal["target", "prompt_last"]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """What is added to a linear layer's output: `x D`.
-
-    Args:
-        d: [G, d_in, d_out]; G = 1: one change for all rows.
-    """
-
-    d: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., d_in] of as many rows, or of any number where G = 1 -> [..., d_out], in the change's precision."""
-        if len(self.d) not in (1, len(x)):
-            raise ValueError(f"a change of {len(self.d)} rows met a batch of {len(x)}")
-        with torch.autocast(x.device.type, enabled=False):
-            return x.to(self.d.dtype) @ (self.d[0] if len(self.d) == 1 else self.d)
-
-
-Term = Dense | LowRank
-
-
-@contextmanager
-def added(backbone: Backbone, terms: Mapping[str, Term]) -> Iterator[None]:
-    """Add terms to the outputs of linear layers, by name, for the length of a `with`; rounded once, to the output's
-    precision."""
-
-    def adding(term: Term) -> Hook:
-        return lambda _, inputs, output: (output + term(inputs[0])).to(output.dtype)
-
-    with hooked(backbone.model, {name: adding(term) for name, term in terms.items()}):
-        yield
-
-
-def together(first: Term, then: Term) -> Term:
-    """The sum of two terms of one kind."""
-    if isinstance(first, Dense) and isinstance(then, Dense):
-        return Dense(first.d + then.d)
-    if isinstance(first, LowRank) and isinstance(then, LowRank):
-        return LowRank(torch.cat([first.a, then.a], 1), torch.cat([first.b, then.b], 1)).compact()
-    raise TypeError(f"cannot add a {type(then).__name__} to a {type(first).__name__}")
 
 
 class Change(ABC):
@@ -176,7 +135,7 @@ class TuningEditor(Editor):
             terms = self.tune(backbone, rows[at : at + self.batch_size], apart=True)
             with torch.inference_mode(False):  # in which made, a term could not be tuned on top of
                 for i, request in enumerate(requests[at : at + self.batch_size]):
-                    own = {name: _row(term, i) for name, term in terms.items()}
+                    own = {name: row_of(term, i) for name, term in terms.items()}
                     found.append(Tuned(self, backbone, [request], own))
         return found
 
@@ -195,7 +154,7 @@ class TuningEditor(Editor):
                 stepped = [self._step(backbone, batch, change, optimizer, apart) for batch in batches]
                 if not any(stepped):
                     break
-            return {name: _detached(term) for name, term in change.terms().items()}
+            return {name: detached(term) for name, term in change.terms().items()}
 
     def _step(
         self, backbone: Backbone, rows: Sequence[Scored], change: Change, optimizer: torch.optim.Adam, apart: bool
@@ -268,7 +227,7 @@ class Tuned(Edited):
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
         model = copy.deepcopy(self.backbone.model)
-        merge(model, {name: _low_rank(term) for name, term in self.terms.items()})
+        merge(model, {name: as_low_rank(term) for name, term in self.terms.items()})
         return model
 
     def save(self, folder: Path) -> None:
@@ -289,28 +248,6 @@ class Tuned(Edited):
             parts.setdefault(name, {})[part] = tensor
         terms: dict[str, Term] = {name: Dense(**p) if "d" in p else LowRank(**p) for name, p in parts.items()}
         for name, term in terms.items():
-            if _shape(term) != shape(self.backbone.model, name):
+            if shape_of(term) != shape(self.backbone.model, name):
                 raise ValueError(f"the edits in {folder} are of a model of another size; make them again")
         return Tuned(self.editor, self.backbone, requests, terms)
-
-
-def _row(term: Term, i: int) -> Term:
-    if isinstance(term, Dense):
-        return Dense(term.d[i : i + 1].clone())
-    return LowRank(term.a[i : i + 1].clone(), term.b[i : i + 1].clone())
-
-
-def _detached(term: Term) -> Term:
-    return Dense(term.d.detach()) if isinstance(term, Dense) else LowRank(term.a.detach(), term.b.detach())
-
-
-def _shape(term: Term) -> tuple[int, int]:
-    if isinstance(term, Dense):
-        return term.d.shape[1], term.d.shape[2]
-    return term.a.shape[2], term.b.shape[2]
-
-
-def _low_rank(term: Term) -> LowRank:
-    if isinstance(term, LowRank):
-        return term
-    return LowRank(torch.eye(term.d.shape[1], dtype=term.d.dtype, device=term.d.device)[None], term.d)

@@ -16,7 +16,8 @@ from modules.editor import Edited
 from modules.interventions import linear
 from modules.training_free.ft import FTEAC, FTL, FTM, ElasticChange, ElasticNet
 from modules.training_free.shared import encode_targets
-from modules.training_free.tuned import Dense, edit_losses
+from modules.training_free.terms import Dense
+from modules.training_free.tuned import edit_losses
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.training_free.grace import GRACE, Codebook, GraceEdited
+from modules.training_free.codebook import Codebook
+from modules.training_free.grace import GRACE, GraceEdited
 from modules.training_free.shared import encode_targets
 
 NONE = Codebook(torch.zeros(0, 2), torch.zeros(0, 3), torch.zeros(0))

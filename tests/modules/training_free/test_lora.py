@@ -10,7 +10,7 @@ from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.training_free.lora import Factors, LoRA, SingularFactors
-from modules.training_free.tuned import added
+from modules.training_free.terms import added
 
 LAYERS = {
     "llama": ["self_attn.q_proj", "self_attn.v_proj"],

@@ -11,8 +11,9 @@ from torch import Tensor
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
+from modules.training_free.neurons import Neurons, Queries, look, losses
 from modules.training_free.shared import encode_targets
-from modules.training_free.t_patcher import Neurons, Patched, Queries, TPatcher, look, losses
+from modules.training_free.t_patcher import Patched, TPatcher
 
 KINDS = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"]
 
@@ -41,7 +42,7 @@ def test_the_short_way_to_the_logits_is_the_whole_model(
     queries = Queries.of(backbone, rows, look(backbone, [rows[0].ids]), per_token=False)
     neurons = random_neurons(editor, backbone, 1, 1, 0.3)
     act = editor.act(backbone)
-    found = losses(editor, backbone, neurons, queries, queries.x[0], act)
+    found = losses(editor.weights, backbone, neurons, queries, queries.x[0], act)
     patched = Patched(editor, backbone, request, Neurons(*(t[0] for t in neurons)), torch.tensor([0]))
     score = patched.score(["City A is in"], ["Land"])[0]
     torch.testing.assert_close(found[0], -score.log_probs.mean(), rtol=1e-4, atol=1e-5)
@@ -79,7 +80,7 @@ def test_the_losses_are_plain_ones(tiny: Callable[..., Backbone], requests: list
     assert size == (max(len(r.ids) - r.start for r in rows) if per == "token" else 1)
     neurons = random_neurons(editor, backbone, 3, size, 0.1)
     memory = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
-    found = losses(editor, backbone, neurons, queries, memory, editor.act(backbone))
+    found = losses(editor.weights, backbone, neurons, queries, memory, editor.act(backbone))
     own = [look(backbone, [r.ids]).x[0, r.start - 1 : -1] for r in rows]
     for i in range(3):
         count = len(own[i]) if per == "token" else 1

@@ -11,7 +11,8 @@ from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.training_free.ft import FTEAC, FTL, FTM, ElasticNet
 from modules.training_free.lora import LoRA
-from modules.training_free.tuned import Dense, TuningEditor
+from modules.training_free.terms import Dense
+from modules.training_free.tuned import TuningEditor
 
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
 EDITORS: dict[str, TuningEditor] = {
