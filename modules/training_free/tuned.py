@@ -224,6 +224,10 @@ class Tuned(Edited):
             terms = {name: together(self.terms[name], t) if name in self.terms else t for name, t in found.items()}
         return Tuned(self.editor, self.backbone, [*self.requests, *new], terms)
 
+    def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
+        """What all edits so far add to each weight, by the linear layer's name: a term of one row, or [d_in, d_out]."""
+        return {name: term.d[0] if isinstance(term, Dense) else term for name, term in self.terms.items()}
+
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
         model = copy.deepcopy(self.backbone.model)

@@ -9,6 +9,7 @@ import torch
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
+from modules.interventions import linear
 from modules.training_free.ft import FTEAC, FTL, FTM, ElasticNet
 from modules.training_free.lora import LoRA
 from modules.training_free.terms import Dense
@@ -67,6 +68,11 @@ def test_one_change_for_a_batch_and_its_merged_weights(
         assert loss(edited, requests) < loss(Edited(backbone), requests)
         merged = Edited(Backbone(edited.merge(), backbone.tokenizer, backbone.config))
         assert merged.backbone.model is not backbone.model
+        for layer, change in edited.weight_changes().items():
+            after, old = (linear(m, layer).weight for m in (merged.backbone.model, backbone.model))
+            moved = (after - old).T if kind == "llama" else after - old  # type: ignore[operator]
+            whole = change if isinstance(change, torch.Tensor) else change.weight()[0]
+            torch.testing.assert_close(moved, whole, rtol=1e-3, atol=1e-6)
         for x, y in zip(edited.score(PROMPTS, TARGETS), merged.score(PROMPTS, TARGETS), strict=True):
             torch.testing.assert_close(x.log_probs, y.log_probs, rtol=1e-3, atol=1e-4)
 
