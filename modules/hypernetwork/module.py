@@ -312,8 +312,15 @@ class GradientEditor(L.LightningModule):
             kl = self._locality(batch, hidden[~inside])
             parts["locality"] = kl.sum() / (records * self.queries.locality)
             loss = loss + config.locality_weight * parts["locality"]
-        parts |= {name: of_edits.sum() / records for name, of_edits in penalties.items()}
+        share = self._share(batch)
+        parts |= {name: (of_edits * share).sum() for name, of_edits in penalties.items()}
         return {"loss": loss + sum(parts[name] for name in penalties), **parts}
+
+    def _share(self, batch: EditBatch) -> Tensor:
+        """How much each edit counts [N]: a record's share, divided among the edits of its pool."""
+        edits = batch.edit_pool.bincount(minlength=batch.pools)
+        records = batch.query_pool[batch.in_scope].bincount(minlength=batch.pools) / self.queries.generality
+        return (records / edits)[batch.edit_pool] / len(batch)
 
     def _factors(self, batch: EditBatch) -> tuple[Any, Tensor]:
         model = self.deltas

@@ -238,6 +238,17 @@ def test_splitting_a_batch_changes_nothing(build: Callable[..., IBKE], records: 
         torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value)
 
 
+def test_a_record_counts_once_however_many_edits_it_has(build: Callable[..., IBKE], records: list[EditRecord]) -> None:
+    module = build()
+    two = replace(records[0], requests=(records[0].request, records[1].request))
+    batch = batch_of(module, [two, *records[2:]])
+    factors, _ = module._factors(batch)
+    _, penalties = module.deltas.network(factors)
+    a, b, *others = penalties["information"]
+    expected = ((a + b) / 2 + sum(others)) / len(batch)
+    torch.testing.assert_close(module.losses(batch)["information"], expected)
+
+
 def test_one_batch_is_overfitted(build: Callable[..., IBKE], records: list[EditRecord]) -> None:
     module = build(config=replace(SMALL, width=16, edit_lr=0.02), loss=IbkeLoss(1.0, 0.1))
     batch = batch_of(module, records)
