@@ -54,7 +54,7 @@ class TrainingFree:
             ValueError: for a value of a wrong type; it names file and argument.
         """
         parsed = self._parsed(model)
-        return json.loads(_parser(self.kind).dump(parsed, format="json")).get("editor", {})
+        return json.loads(_parser(self.kind).dump(parsed, format="json", skip_none=False)).get("editor", {})
 
     def build(self, backbone: Backbone) -> Editor:
         """The editor for a model. One that is none of the file's backbones gets the defaults, with a warning.

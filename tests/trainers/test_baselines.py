@@ -24,6 +24,7 @@ from trainers.callbacks import baselines
 from trainers.callbacks.baselines import Baselines
 from trainers.callbacks.common import as_loaded, seed_all
 from trainers.cli import TrainingCLI
+from trainers.result_cache import ResultCache
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 METRIC = "reliability/token_accuracy"
@@ -117,31 +118,43 @@ def test_values_are_those_of_evaluation_by_hand(tmp_path: Path, nudge: str) -> N
 def test_results_are_kept_across_validations_and_runs(tmp_path: Path, nudge: str) -> None:
     first = run(tmp_path / "first", [callback(tmp_path, nudge)])
     assert Nudge.calls == [5, 5]  # two pools, at the first of two validations
-    second = run(tmp_path / "second", [callback(tmp_path, nudge)])
+    second = run(tmp_path / "second", [callback(tmp_path, nudge)], "mend_tiny", 1)
     assert Nudge.calls == [5, 5]
     tags = [tag for tag in first.events.Tags()["scalars"] if tag.startswith("val/nudge")]
     assert len(tags) > 4
-    assert all(scalars(first, tag) == scalars(second, tag) for tag in tags)
-    run(tmp_path / "changed", [callback(tmp_path, {"editor": nudge, "draw": {"scale": 2.0}})])
-    assert len(Nudge.calls) == 4
-    run(tmp_path / "records", [callback(tmp_path, nudge)], "mend_tiny", 2, "--data.init_args.seed=1")
+    assert all(scalars(first, tag)[:1] == scalars(second, tag) for tag in tags)
+    others = [
+        callback(tmp_path, {"editor": nudge, "name": "changed", "draw": {"scale": 2.0}}),
+        callback(tmp_path, {"editor": nudge, "name": "protocol"}, exact_match=True),
+        callback(tmp_path, {"editor": nudge, "name": "renamed"}),  # which changes nothing
+    ]
+    run(tmp_path / "others", others, "mend_tiny", 1)
     assert len(Nudge.calls) == 6
-    run(tmp_path / "weights", [callback(tmp_path, nudge)], "mend_tiny", 2, *SHALLOW)
+    run(tmp_path / "records", [callback(tmp_path, nudge)], "mend_tiny", 1, "--data.init_args.seed=1")
     assert len(Nudge.calls) == 8
-    run(tmp_path / "protocol", [callback(tmp_path, nudge, exact_match=True)])
+    deeper = "--model.init_args.backbone.overrides.num_hidden_layers=5"
+    run(tmp_path / "weights", [callback(tmp_path, nudge)], "mend_tiny", 1, deeper)
     assert len(Nudge.calls) == 10
-    run(tmp_path / "none", [callback(tmp_path, nudge, cache=False)])
-    assert len(Nudge.calls) == 12
-    file = next(iter((tmp_path / "cache").glob("*.json")))
-    kept = json.loads(file.read_text())
+    kept = json.loads(next(iter((tmp_path / "cache").glob("*.json"))).read_text())
     assert {"backbone", "records", "editor", "init_args", "exact_match", "code"} <= kept["key"].keys()
-    for file in (tmp_path / "cache").glob("*.json"):
-        file.write_text("{")
-    run(tmp_path / "damaged", [callback(tmp_path, nudge)])
-    assert len(Nudge.calls) == 14
 
 
-SHALLOW = ["--model.init_args.backbone.overrides.num_hidden_layers=5"]
+def test_cache_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "home"))
+    disk = ResultCache()
+    assert disk.get({"a": 1}) is None
+    disk.put({"a": 1}, {"value": 2.5})
+    assert disk.get({"a": 1}) == {"value": 2.5}
+    assert disk.get({"a": 2}) is None
+    (file,) = (tmp_path / "home" / "results").iterdir()
+    file.write_text(file.read_text().replace('"a": 1', '"a": 3'))
+    assert disk.get({"a": 1}) is None  # of another key, whatever its name says
+    file.write_text("{")
+    with pytest.warns(UserWarning, match="cannot be read and is made anew"):
+        assert disk.get({"a": 1}) is None
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="not kept for later runs"):
+        ResultCache(str(tmp_path / "file")).put({"a": 1}, {})
 
 
 def test_every_second_validation_or_the_first_alone(tmp_path: Path, nudge: str) -> None:

@@ -21,6 +21,8 @@ NUDGE = {
     "backbones": {"gpt2-xl": {"layers": [13, 14]}, "smollm2-135m": {"draw": {"scale": 2}}},
 }
 
+NONE = {"fails_on_rank": None, "harm": None}
+
 
 @pytest.fixture
 def nudge(tmp_path: Path) -> str:
@@ -61,7 +63,7 @@ def test_values_of_a_backbone_are_put_over_the_defaults_and_changes_over_both(
     nudge: str, tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = training_free({"editor": nudge, "name": "hard", "draw": {"scale": "5e-1"}, "fails_after": 3})
-    assert config.resolved("gpt2-xl") == {"layers": [13, 14], "draw": {"scale": 0.5}, "fails_after": 3}
+    assert config.resolved("gpt2-xl") == {"layers": [13, 14], "draw": {"scale": 0.5}, "fails_after": 3} | NONE
     assert training_free(nudge).resolved("smollm2-135m")["draw"] == {"scale": 2.0}
     monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32))
     (plain, hard) = choose(read([nudge, {"editor": nudge, "name": "hard", "layers": [2]}]), tiny("gpt2"))
@@ -97,7 +99,7 @@ def test_an_editor_without_values_of_backbones_needs_no_warning(
         ({"weight": 3}, "needs the key `editor`"),
         (
             {"editor": "{nudge}", "weight": 3},
-            "argument 'weight' is not known; there are: draw, fails_after, harm",
+            "argument 'weight' is not known; there are: draw, fails_after, fails_on_rank, harm",
         ),
         ({"editor": "{nudge}", "layers": "x"}, r"nudge \(nudge.yaml\): .*\"layers\".*Got value: x"),
         ({"editor": "{nudge}", "draw": {"size": 3}}, "'size' is not accepted"),
