@@ -80,6 +80,7 @@ class Baselines(L.Callback):
         self.disk = ResultCache(cache_dir) if cache else None
         self.seed = seed
         self._validations = 0
+        self._together = 0  # edits of one pool
         self._memory: dict[str, Result] = {}  # by the key's text
         self._weights: tuple[int, str] | None = None  # the sum of the weights, and the hash that goes with it
         self._originals: Answers | None = None
@@ -116,8 +117,8 @@ class Baselines(L.Callback):
             self._curve.append((trainer.global_step, self._trained))
         for file in writers(trainer):
             steps, values = zip(*self._curve, strict=True)
-            what = f"{self.pool_size or 'a validation pool'} of edits together"
-            figure = comparison(steps, trained_editor(pl_module).editor().name, values, self._others, what)
+            name = trained_editor(pl_module).editor().name
+            figure = comparison(steps, name, values, self._others, f"{self._together} edits together")
             file.add_figure("baselines/comparison", figure, trainer.global_step)
 
     def _pools(self, trainer: L.Trainer) -> Pools:
@@ -126,7 +127,9 @@ class Baselines(L.Callback):
         found = [list(pool.records) for pool in loaders.dataset][: int(trainer.num_val_batches[0])]
         if self.records:
             found = found[: max(1, self.records // (max(map(len, found)) * trainer.world_size))]
-        return [split_pools(pool, self.pool_size or len(pool))[0] for pool in found]  # type: ignore[misc]
+        parts = [split_pools(pool, self.pool_size or len(pool))[0] for pool in found]
+        self._together = max(len(part) for pool in parts for part in pool)
+        return [[list(part) for part in pool] for pool in parts]
 
     def _results(self, trainer: L.Trainer, backbone: Backbone, pools: Pools) -> list[Result]:
         """One result of each editor, the same on every rank."""

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from trainers.callbacks.figures import GOLDEN, ZERO, blank, open_axes
 from trainers.report import COLUMNS, Report
 
-# Okabe-Ito again, then the same with other dashes
+# Okabe-Ito again, then the same with other markers, or dashes where there are none
 COLOURS = (GOLDEN, ZERO, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
 METRICS = tuple((metric, title) for metric, title, _ in COLUMNS if not metric.endswith("/exact_match"))
 
 
@@ -31,26 +32,28 @@ def retention(report: Report) -> Figure:
     grown = {name: points for name, points in curves.items() if any(p["norms"] for p in points)}
     figure = blank(3.2 * (len(shown) + bool(grown)), 3.6)
     panels = figure.subplots(1, len(shown) + bool(grown), squeeze=False)[0]
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(curves)}
+    look = {n: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % 4]) for i, n in enumerate(curves)}
+    stops = sorted({p["edits"] for points in curves.values() for p in points})
     for axes, (metric, title) in zip(panels, shown, strict=False):
         for name, points in curves.items():
             at = [p["edits"] for p in points if metric in cells[name][str(p["edits"])]]
             values = [cells[name][str(n)][metric]["value"] for n in at]
-            axes.plot(at, values, "o-", color=colour[name], label=name, markersize=3.5, linewidth=1.4)
+            _line(axes, name, look, at, values)
             early = [(p["edits"], p["first"][metric]) for p in points if metric in p["first"]]
-            axes.plot(*zip(*early, strict=True), "--", color=colour[name], linewidth=1) if early else None
+            axes.plot(*zip(*early, strict=True), "--", color=look[name][0], linewidth=1) if early else None
         axes.set(title=title, ylim=(-0.03, 1.03))
-        _over_edits(axes)
+        _over_edits(axes, stops)
     if grown:
         for name, points in grown.items():
             growth = [100 * _growth(p["norms"]) for p in points if p["norms"]]
             at = [p["edits"] for p in points if p["norms"]]
-            panels[-1].plot(at, growth, "o-", color=colour[name], label=name, markersize=3.5, linewidth=1.4)
+            _line(panels[-1], name, look, at, growth)
         panels[-1].set(title="L1 norm of edited matrices", ylabel="growth [%]")
-        _over_edits(panels[-1])
+        _over_edits(panels[-1], stops)
     _legend(figure, panels[0])
-    first = min((points[0]["edits"] for points in curves.values() if points), default=0)
-    figure.suptitle(f"After so many edits: of all of them, and dashed of the first {first}", fontsize=10)
+    figure.suptitle(
+        f"After so many edits: of all of them, and dashed of the first {min(stops, default=0)}", fontsize=10
+    )
     return figure
 
 
@@ -93,10 +96,19 @@ def _growth(norms: Mapping[str, Mapping[str, float]]) -> float:
     return sum(n["edited"] for n in norms.values()) / before - 1 if before else 0.0
 
 
-def _over_edits(axes: Axes) -> None:
-    axes.set_xscale("symlog", linthresh=1)
+def _line(
+    axes: Axes, name: str, look: Mapping[str, tuple[str, str]], at: Sequence[int], values: Sequence[float]
+) -> None:
+    colour, marker = look[name]
+    axes.plot(at, values, marker=marker, color=colour, label=name, markersize=3.5, linewidth=1.4)
+
+
+def _over_edits(axes: Axes, stops: Sequence[int]) -> None:
+    axes.set_xscale("log")
+    apart = [n for i, n in enumerate(stops) if not i or n >= 1.5 * stops[i - 1] or n == stops[-1]]
+    axes.set_xticks(apart, [str(n) for n in apart])
+    axes.minorticks_off()
     axes.set_xlabel("edits so far")
-    axes.set_xlim(left=0.8)
     open_axes(axes)
 
 
