@@ -2,7 +2,8 @@
 
 import gzip
 from collections.abc import Iterator
-from hashlib import sha256
+from functools import cache
+from hashlib import file_digest
 from pathlib import Path
 
 import datasets
@@ -41,4 +42,14 @@ def read_texts(source: str, field: str = "text", seed: int = 0) -> Iterator[str]
 def identity(source: str) -> str:
     """What tells a source from others: the hash of a file's content, or a data set's name."""
     path = Path(source).expanduser()
-    return sha256(path.read_bytes()).hexdigest() if path.is_file() else source
+    if not path.is_file():
+        return source
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Of a file's content, read once while its size and time of change stay the same."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

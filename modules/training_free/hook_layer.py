@@ -33,6 +33,10 @@ class Scope:
         short: share of the highest z-score that a sequence's length allows, which a token of a short sequence needs;
             None as published: short prompts never pass.
 
+        relative: scores are z-scores as shares of the highest that a sequence's length allows, (T - 1) / sqrt(T); alpha
+            is such a share too. Plain z-scores, as published, let the shortest edited prompt decide: one of 5 tokens
+            reaches 1.8 at most, alpha falls to that for all, and peaks of any longer text pass.
+
     Raises:
         ValueError: for a share outside (0, 1], or a negative number of tokens.
     """
@@ -44,6 +48,7 @@ class Scope:
     calibrate_on: Literal["original", "edited"] = "original"
     first: int = 0
     short: float | None = 0.95
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.cover <= 1 or self.first < 0 or (self.short is not None and not 0 < self.short <= 1):
@@ -92,16 +97,21 @@ class Gate:
         variance = (self.squares - self.count * mean.square()).clamp(min=0) / (self.count - 1).clamp(min=1)
         known = counted & (variance > 1e-12 * mean.square())  # two tokens that differ, at least
         self.scores = torch.where(known, (norm - mean) / variance.sqrt().clamp(min=1e-300), -torch.inf)
+        if self.scope.relative:
+            self.scores = self.scores / self._bound().clamp(min=1e-300)
         self.open = known & (self.scores >= self._needed())
         return (output + torch.where(self.open[..., None], change, 0)).to(output.dtype)
 
     def _needed(self) -> Tensor:
-        """The z-score that passes in each row [B, 1]."""
+        """The score that passes in each row [B, 1]."""
         alpha = torch.full_like(self.count, self.alpha)
-        if self.scope.short is None:
+        if self.scope.short is None or self.scope.relative:
             return alpha
-        bound = (self.count - 1) / self.count.clamp(min=1).sqrt()
-        return torch.minimum(alpha, self.scope.short * bound)
+        return torch.minimum(alpha, self.scope.short * self._bound())
+
+    def _bound(self) -> Tensor:
+        """The highest z-score that each row's number of tokens allows [B, 1]."""
+        return (self.count - 1) / self.count.clamp(min=1).sqrt()
 
 
 @contextmanager

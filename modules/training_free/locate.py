@@ -15,7 +15,7 @@ from modules.backbone import Backbone
 from modules.delta_edited import DeltaEdited
 from modules.editor import Editor
 from modules.interventions import Deltas, shape
-from modules.training_free.subject import Row, require_subjects, row, subject_states
+from modules.training_free.subject import Row, evaluating, require_subjects, row, subject_states
 from modules.training_free.templates import Contexts
 
 KEYS = "keys."  # before a layer's name: the keys of the edits, in what is remembered
@@ -62,7 +62,7 @@ class LocatedEdited(DeltaEdited):
 
     def further(self, requests: Sequence[EditRequest]) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
         require_subjects(self.editor.name, requests)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.backbone):
             return self.editor.find(self, requests)
 
 

@@ -20,8 +20,7 @@ class Metrics:
         """C^-1 of each layer; the identity where no moments are wanted."""
         if self.moments is None:
             return [Identity() for _ in layers]
-        mark = fingerprint(backbone.model)
-        missing = [n for n in layers if self._known.get(n, ("", None))[0] != mark]
+        mark, missing = self._missing(backbone, layers)
         if missing:
             found = second_moments(backbone, missing, self.moments, progress or bar())
             self._known |= {n: (mark, Inverse(c, n)) for n, c in found.items()}
@@ -30,13 +29,18 @@ class Metrics:
     def projection(self, backbone: Backbone, layers: Sequence[str], threshold: float, relative: bool) -> list[Metric]:
         """P of each layer; `ranks` tells how many directions it leaves."""
         assert self.moments is not None
-        mark = fingerprint(backbone.model)
-        second_moments(backbone, layers, self.moments, bar())
-        for name in layers:
-            if self._known.get(name, ("", None))[0] != mark:
-                basis, self.ranks[name] = null_space(backbone, name, self.moments, threshold, relative)
-                self._known[name] = (mark, Projection(basis))
+        mark, missing = self._missing(backbone, layers)
+        if missing:
+            second_moments(backbone, missing, self.moments, bar())  # of all layers in one go
+        for name in missing:
+            basis, self.ranks[name] = null_space(backbone, name, self.moments, threshold, relative)
+            self._known[name] = (mark, Projection(basis))
         return [self._known[n][1] for n in layers]
+
+    def _missing(self, backbone: Backbone, layers: Sequence[str]) -> tuple[str, list[str]]:
+        """What a model is known by, and the layers whose metrics are not those of that model."""
+        mark = f"{fingerprint(backbone.model)} on {backbone.device}"
+        return mark, [n for n in layers if self._known.get(n, ("", None))[0] != mark]
 
 
 def bar() -> Progress:

@@ -77,8 +77,7 @@ class Prepared:
         head = head_of(backbone.model)
         cache = DynamicCache(config=backbone.model.config)
         for i, (keys, values) in enumerate(self.cached):  # i is the layer
-            rows = len(self.ids), -1, -1, -1
-            cache.update(keys.expand(rows), values.expand(rows), i)
+            cache.update(keys, values, i)  # of layers below only the length is asked for
         with _from_layer(backbone, self.start, lambda: adding(self.hidden), self.tupled):
             out = backbone.model.base_model(
                 input_ids=self.ids,

@@ -25,7 +25,7 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.training_free.prepared import Prepared, Prompt, prepare
-from modules.training_free.subject import Row, row, subject_states
+from modules.training_free.subject import Row, evaluating, row, subject_states
 from modules.training_free.value_options import EAC, Place, ValueOptions
 
 
@@ -128,7 +128,7 @@ def find_values(
             for e, r in enumerate(requests)
         ]
     bare = [row(backbone, r.prompt, str(r.subject)) for r in requests]
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(backbone):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(backbone):
         initial = initial_outputs(backbone, bare, layer, place)  # [E, p, d]
         inside = place == "attention and mlp" or layer + 1 == len(backbone.layers)
         start = layer if inside else layer + 1
@@ -225,16 +225,3 @@ def _added(backbone: Backbone, place: Place, layer: int, delta: Tensor, edit: Te
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(backbone: Backbone) -> Iterator[None]:
-    """No dropout and no recomputation, which would throw the cached keys away; modes are put back after."""
-    training = [m for m in backbone.model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

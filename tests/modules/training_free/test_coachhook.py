@@ -125,6 +125,19 @@ def test_the_first_token_can_be_left_out() -> None:
         assert gate.open.nonzero()[:, 1].tolist() == [opened]
 
 
+def test_relative_scores_do_not_depend_on_the_length() -> None:
+    """What stands out as far as it can has the score 1 at any length, so that a short edit lowers no threshold."""
+    for size in (3, 6, 40):
+        x = torch.ones(1, size, 6) + 1e-4 * torch.randn(1, size, 6, generator=torch.Generator().manual_seed(0))
+        x[0, 1] *= 30
+        gate = Gate(term(), 0.9, Scope(alpha=0.9, relative=True))
+        run(gate, x, torch.ones(1, size, dtype=torch.bool))
+        assert float(gate.scores.max()) == pytest.approx(1.0, abs=1e-3)
+        assert gate.open.nonzero()[:, 1].tolist() == [1]
+    alone = Gate(term(), 0.0, Scope(alpha=0.0, relative=True))  # a single token has no score
+    assert run(alone, torch.ones(1, 1, 6), torch.ones(1, 1, dtype=torch.bool)).abs().sum() == 0
+
+
 def test_tokens_that_are_all_alike_open_nothing() -> None:
     gate = Gate(term(), 0.0, Scope(alpha=0.0))
     assert run(gate, torch.ones(1, 4, 6), torch.ones(1, 4, dtype=torch.bool)).abs().sum() == 0

@@ -216,6 +216,17 @@ class monkeypatched_model:
         self.handle.remove()
 
 
+def test_dropout_is_off_while_edits_are_made(
+    build: Callable[..., LocateEditor], tiny: Callable[..., Backbone], requests: list[EditRequest]
+) -> None:
+    backbone, training = tiny("gpt2"), tiny("gpt2")
+    training.model.train()
+    with build("memit").edit(backbone, requests) as expected, build("memit").edit(training, requests) as found:
+        for name, d in found.deltas.items():
+            torch.testing.assert_close(d.b, expected.deltas[name].b)
+    assert all(m.training for m in training.model.modules())
+
+
 # ---------------------------------------------------------------------- what each of them is
 
 
