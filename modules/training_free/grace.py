@@ -195,10 +195,10 @@ class GraceEdited(Edited):
         with hooked(self.backbone.model, {self.name: answer}):
             return super().decode(ids, mask, state, **options)[0], "continued"
 
-    def _score(self, rows: Sequence[Encoded]) -> Any:
+    def _score(self, rows: Sequence[Encoded], *options: Any) -> Any:
         self._last = torch.tensor([row.target_start - 1 for row in rows], device=self.backbone.device)
         try:
-            return super()._score(rows)
+            return super()._score(rows, *options)
         finally:
             self._last = None
 
