@@ -213,13 +213,21 @@ def _swap(wanted: tuple[_Hooks, ...]) -> None:
         hooks.on()
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Recompute each layer in the backward pass, hooks and all, while the model stays in eval mode (no dropout)."""
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Layers that run within are run again in the backward pass, wherever that is, hooks and all. The model stays in
+    eval mode (no dropout); outside of this it generates with a cache, which checkpointing would refuse."""
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
     model.disable_input_require_grads()  # else the backward pass would not end at the lowest edited layer
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    try:
+        for layer in layers:
             layer.training = True  # the layer alone, which is what turns recomputation on; not its parts
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()
 
 
 # ---------------------------------------------------------------------- for good

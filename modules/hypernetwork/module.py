@@ -29,7 +29,7 @@ from modules.gradients import answer_loss, gradient_factors
 from modules.hypernetwork.batch import EditBatch, EditCollator, EditQueries
 from modules.hypernetwork.editor import DeltaEditor, DeltaModel
 from modules.hypernetwork.network import Hypernetwork
-from modules.interventions import checkpoint_layers, low_rank, shape
+from modules.interventions import checkpointed, low_rank, shape
 from modules.losses import head_of, mean_per_row, token_kl
 from modules.metrics import EditMetrics
 
@@ -236,8 +236,6 @@ class GradientEditor(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = DeltaModel(backbone, self.network(shapes))
-        if self.gradient_checkpointing:
-            checkpoint_layers(backbone.model)
 
     def editor(self) -> DeltaEditor:
         """This module as an editor (contract of modules/editor.py)."""
@@ -294,6 +292,11 @@ class GradientEditor(L.LightningModule):
             training: let this batch's factors count in the running statistics, from the end of the step on, and draw
                 what is random in training.
         """
+        again = training and self.gradient_checkpointing
+        with checkpointed(self.deltas.backbone.model) if again else nullcontext():
+            return self._losses(batch, training)
+
+    def _losses(self, batch: EditBatch, training: bool) -> dict[str, Tensor]:
         config, model = self.loss, self.deltas
         backbone, network = model.backbone, model.network
         factors, _ = self._factors(batch)

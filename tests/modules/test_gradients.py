@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modules.backbone import Backbone
 from modules.gradients import gradient_factors, predicting
-from modules.interventions import LowRank, checkpoint_layers, linear, low_rank, shape
+from modules.interventions import LowRank, checkpointed, linear, low_rank, shape
 
 KINDS = ["llama", "qwen3", "gpt2", "gpt_neox", "gptj"]
 
@@ -103,8 +103,8 @@ def test_gradient_checkpointing_changes_nothing(tiny: Callable[..., Backbone], k
     names = names_of(backbone)
     given = edits()
     plain, losses = gradient_factors(backbone, names, *given)
-    checkpoint_layers(backbone.model)
-    again, losses_again = gradient_factors(backbone, names, *given)
+    with checkpointed(backbone.model):
+        again, losses_again = gradient_factors(backbone, names, *given)
     assert torch.equal(losses, losses_again)
     for name in names:
         for field in ("h", "u", "mask"):

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from modules.backbone import Backbone
-from modules.interventions import Deltas, LowRank, checkpoint_layers, hooked, linear, low_rank, merge, shape
+from modules.interventions import Deltas, LowRank, checkpointed, hooked, linear, low_rank, merge, shape
 
 KINDS = ["llama", "qwen3", "gpt2", "gpt_neox", "gptj"]
 IDS = torch.arange(36).reshape(3, 12) + 5
@@ -114,11 +115,10 @@ def test_layers_that_are_run_again_see_the_same_terms(tiny: Callable[..., Backbo
     backbone = tiny(kind)
     found: list[list[Tensor]] = []
     for checkpointing in (False, True):
-        if checkpointing:
-            checkpoint_layers(backbone.model)
         terms = {n: LowRank(t.a.requires_grad_(), t.b.requires_grad_()) for n, t in terms_of(backbone, 3).items()}
-        with low_rank(backbone.model, terms):
+        with low_rank(backbone.model, terms), checkpointed(backbone.model) if checkpointing else nullcontext():
             loss = backbone.model(IDS, use_cache=False).logits.square().mean()
+            assert backbone.model.is_gradient_checkpointing is checkpointing
         if inside:
             others = terms_of(backbone, 1)
             with low_rank(backbone.model, others):
@@ -130,7 +130,8 @@ def test_layers_that_are_run_again_see_the_same_terms(tiny: Callable[..., Backbo
         else:
             loss.backward()
         found.append([t.a.grad for t in terms.values()] + [t.b.grad for t in terms.values()])
-    assert backbone.model.is_gradient_checkpointing
+    assert not backbone.model.is_gradient_checkpointing
+    assert not any(m.training for m in backbone.model.modules())
     assert not any(m._forward_hooks for m in backbone.model.modules())
     for plain, again in zip(*found, strict=True):
         assert plain.abs().max() > 0

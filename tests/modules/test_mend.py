@@ -193,10 +193,19 @@ def test_gradient_checkpointing_changes_nothing(build: Callable[..., MEND], reco
     """The edited layers are in the middle, so that layers above them are run again after the terms are gone."""
     layers = EditedLayers([1, 2], ["mlp.down_proj"])
     plain, again = (build(layers=layers, gradient_checkpointing=on) for on in (False, True))
-    assert again.deltas.backbone.model.is_gradient_checkpointing
     batch = batch_of(plain, records)
-    expected = gradients(plain, plain.losses(batch)["loss"])
-    found = gradients(again, again.losses(batch)["loss"])
+    expected = gradients(plain, plain.losses(batch, training=True)["loss"])
+    runs: list[object] = []
+    _, _, top, _ = again.deltas.backbone.layers
+    top.register_forward_pre_hook(lambda *_: runs.append(None))
+    loss = again.losses(batch, training=True)["loss"]
+    passes = len(runs)
+    found = gradients(again, loss)
+    assert len(runs) == passes + 1  # run again: of the queries' pass, whose backward pass this is
+    # outside of training the model is an ordinary one, which generates with a cache
+    assert not any(m.training for m in again.deltas.backbone.model.modules())
+    with plain.editor().edit(plain.deltas.backbone, []) as one, again.editor().edit(again.deltas.backbone, []) as two:
+        assert one.generate(PROMPTS, 6) == two.generate(PROMPTS, 6)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-9)
 
