@@ -45,8 +45,9 @@ class DeltaEdited(Edited):
         self.requests = tuple(requests)
         self.deltas = dict(deltas or {})
         self.memory = dict(memory or {})
-        one = torch.zeros(len(self.requests), dtype=torch.long, device=backbone.device)
-        self.terms = {name: d.term(1, one).compact() for name, d in self.deltas.items()}
+        with torch.inference_mode(False):  # the gradient of a further edit goes through these terms
+            one = torch.zeros(len(self.requests), dtype=torch.long, device=backbone.device)
+            self.terms = {name: d.term(1, one).compact() for name, d in self.deltas.items()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:

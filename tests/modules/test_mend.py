@@ -369,6 +369,16 @@ def test_edits_are_merged_added_to_removed_and_kept(
         DeltaEdited.load(other.deltas, tmp_path)
 
 
+def test_further_edits_within_inference_mode(build: Callable[..., MEND], records: list[EditRecord]) -> None:
+    """As Lightning validates: the gradient of the second edit goes through the first."""
+    module = build()
+    backbone, first, second = module.deltas.backbone, [records[0].request], [records[1].request]
+    with module.editor().edit(backbone, first) as edited, edited.edit(second) as further:
+        expected = scores(further)
+    with torch.inference_mode(), module.editor().edit(backbone, first) as edited, edited.edit(second) as further:
+        torch.testing.assert_close(scores(further), expected)
+
+
 def test_many_edits_at_once_are_the_sum_of_each(build: Callable[..., MEND], records: list[EditRecord]) -> None:
     """Also where there are more tokens than features, so that the sum is kept as a matrix, and more than one chunk."""
     module = build()

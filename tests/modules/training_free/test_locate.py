@@ -102,6 +102,18 @@ def test_an_editor_edits_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize("name", ["rome", "memit"])
+def test_further_edits_within_inference_mode(
+    build: Callable[..., LocateEditor], tiny: Callable[..., Backbone], requests: list[EditRequest], name: str
+) -> None:
+    """As Lightning validates: the gradient of a further edit goes through the first ones."""
+    backbone = tiny()
+    with build(name).edit(backbone, requests[:1]) as edited, edited.edit(requests[1:]) as further:
+        expected = log_probs(further, requests)
+    with torch.inference_mode(), build(name).edit(backbone, requests[:1]) as edited, edited.edit(requests[1:]) as more:
+        torch.testing.assert_close(log_probs(more, requests), expected)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_failure_leaves_no_trace(
     build: Callable[..., LocateEditor],
