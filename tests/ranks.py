@@ -221,12 +221,16 @@ def ask(editor: Any, datamodule: Any) -> list[Any]:
 def main(spec: Path) -> None:
     import torch
 
+    from trainers.processes import leave_group
+
     given = json.loads(spec.read_text(encoding="utf-8"))
     folder = Path(given["folder"])
     for run in given["runs"]:
         seen = perform(run, folder)
         if os.environ["RANK"] == "0":
             torch.save(seen, folder / f"{run['name']}.pt")
+    if not any(run.get("fails") for run in given["runs"]):
+        leave_group()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from trainers import estimate
 from trainers.callbacks.non_finite import NonFiniteError
+from trainers.callbacks.preemption import PREEMPTED
 from trainers.checkpoints.folder import CheckpointError
 from trainers.cli import fail, is_rank_zero, parse, rank
-from trainers.processes import end_with_parent
+from trainers.processes import end_with_parent, leave_group
 
 DRY_RUN = "--dry_run"
 
@@ -35,4 +36,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code in (0, PREEMPTED):  # as all ranks end then
+            leave_group()
+        raise
+    leave_group()

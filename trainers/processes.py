@@ -1,4 +1,4 @@
-"""The processes of a run on one machine: those that Lightning has started end when the one that started them dies."""
+"""The processes of a run on one machine: how they end, those that Lightning has started with the one that did."""
 
 import ctypes
 import os
@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+
+import torch.distributed as dist
 
 LEADER = "PALIMPSEST_LEADER"  # names, to the processes that a rank starts, that rank's process id
 PR_SET_PDEATHSIG = 1
@@ -31,6 +33,17 @@ def end_with_parent() -> None:
         threading.Thread(target=end_with, args=(leader,), daemon=True, name="end-with-parent").start()
     if leader != os.getppid():  # it died before it was watched
         sys.exit(f"error: the process that started this rank ({leader}) is dead")
+
+
+def leave_group() -> None:
+    """Take this process out of its process group, as the last thing before it ends well.
+
+    Lightning does so with NCCL alone, and threads of Gloo that are still there now and then abort the process, which
+    then seems to have failed. Not to be called after a failure: work of the group that waits for a dead rank would be
+    waited for.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_alive(process: int) -> bool:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.trainers.signalling import ROOT, environment, run
+from trainers import processes
 
 # As Lightning does it: the first rank starts the second, which then waits for what will not come. The second holds the
 # interpreter while it waits, as native code may, so that no thread of Python's could end it.
@@ -85,3 +88,11 @@ def test_first_rank_that_is_dead_already() -> None:
     assert "is dead" in ended.stderr
     alive = run(sys.executable, "-c", start, LOCAL_RANK="1", PALIMPSEST_LEADER=str(os.getppid()))
     assert (alive.returncode, alive.stdout) == (0, "goes on\n")  # torchrun, started somewhere below a run
+
+
+def test_a_process_leaves_its_group(tmp_path: Path) -> None:
+    processes.leave_group()  # of none
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    assert dist.is_initialized()
+    processes.leave_group()
+    assert not dist.is_initialized()
