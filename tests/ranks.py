@@ -221,7 +221,7 @@ def ask(editor: Any, datamodule: Any) -> list[Any]:
 def main(spec: Path) -> None:
     import torch
 
-    from trainers.processes import leave_group
+    from trainers.processes import end_group
 
     given = json.loads(spec.read_text(encoding="utf-8"))
     folder = Path(given["folder"])
@@ -229,8 +229,7 @@ def main(spec: Path) -> None:
         seen = perform(run, folder)
         if os.environ["RANK"] == "0":
             torch.save(seen, folder / f"{run['name']}.pt")
-    if not any(run.get("fails") for run in given["runs"]):
-        leave_group()
+    end_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from trainers.callbacks.non_finite import NonFiniteError
 from trainers.callbacks.preemption import PREEMPTED
 from trainers.checkpoints.folder import CheckpointError
 from trainers.cli import fail, is_rank_zero, parse, rank
-from trainers.processes import end_with_parent, leave_group
+from trainers.processes import end_group, end_with_parent
 
 DRY_RUN = "--dry_run"
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        if end.code in (0, PREEMPTED):  # as all ranks end then
-            leave_group()
+        if isinstance(end.code, int) and end.code in (0, PREEMPTED):
+            end_group(end.code)
         raise
-    leave_group()
+    end_group()

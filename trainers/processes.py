@@ -1,5 +1,6 @@
 """The processes of a run on one machine: how they end, those that Lightning has started with the one that did."""
 
+import atexit
 import ctypes
 import os
 import signal
@@ -35,15 +36,17 @@ def end_with_parent() -> None:
         sys.exit(f"error: the process that started this rank ({leader}) is dead")
 
 
-def leave_group() -> None:
-    """Take this process out of its process group, as the last thing before it ends well.
+def end_group(code: int = 0) -> None:
+    """End this process at once if it is one of several, after what Python does at exit; else do nothing.
 
-    Lightning does so with NCCL alone, and threads of Gloo that are still there now and then abort the process, which
-    then seems to have failed. Not to be called after a failure: work of the group that waits for a dead rank would be
-    waited for.
+    To be called where nothing is left to do. Threads of the process group now and then abort an interpreter that shuts
+    down ("terminate called without an active exception"), and a run that ended well would seem to have failed.
     """
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def is_alive(process: int) -> bool:

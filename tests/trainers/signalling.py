@@ -74,11 +74,11 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 if __name__ == "__main__":
     from trainers.fit import main
-    from trainers.processes import leave_group
+    from trainers.processes import end_group
 
     given = sys.argv[1:]
     while given:
         end = given.index("--") if "--" in given else len(given)
         main(given[:end])
         given = given[end + 1 :]
-    leave_group()
+    end_group()

@@ -9,10 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from tests.trainers.signalling import ROOT, environment, run
-from trainers import processes
 
 # As Lightning does it: the first rank starts the second, which then waits for what will not come. The second holds the
 # interpreter while it waits, as native code may, so that no thread of Python's could end it.
@@ -90,9 +88,18 @@ def test_first_rank_that_is_dead_already() -> None:
     assert (alive.returncode, alive.stdout) == (0, "goes on\n")  # torchrun, started somewhere below a run
 
 
-def test_a_process_leaves_its_group(tmp_path: Path) -> None:
-    processes.leave_group()  # of none
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    assert dist.is_initialized()
-    processes.leave_group()
-    assert not dist.is_initialized()
+ENDING = """
+import atexit, sys
+import torch.distributed as dist
+from trainers.processes import end_group
+atexit.register(print, "at exit")
+end_group(3)  # of no group
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+end_group(4)
+print("never")
+"""
+
+
+def test_one_of_a_group_ends_at_once(tmp_path: Path) -> None:
+    done = run(sys.executable, "-c", ENDING, tmp_path / "group")
+    assert (done.returncode, done.stdout) == (4, "at exit\n")

@@ -419,7 +419,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from test_save_checkpoints import Scored
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.checkpoints.single import FolderIO
-from trainers.processes import leave_group
+from trainers.processes import end_group
 folder = Path({folder!r})
 loader = DataLoader(TensorDataset(torch.arange(100.0)[:, None]))
 
@@ -438,7 +438,7 @@ _, first = train(4, {{1: 0.5, 2: 0.1, 3: 0.9, 4: 0.2}} if rank == 0 else {{1: 0.
 # rank 0 alone knows that the newest one is damaged; rank 1 would take it
 second, saves = train(5, {{}}, folder / ("step3.ckpt" if rank == 0 else "step4.ckpt"))
 print(json.dumps([first.names, first.scores, saves.names, second.global_step, second.fit_loop.total_batch_idx]))
-leave_group()
+end_group()
 """
 
 
