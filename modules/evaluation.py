@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,12 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor, TargetScore
 from modules.metrics import exact_match as is_exact_match
 from modules.metrics import summarise, token_agreement
+
+
+class RecordPool(Protocol):
+    """A validation batch: records that are edited together."""
+
+    records: list[EditRecord]
 
 
 class Answers:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -24,7 +24,7 @@ from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from modules.backbone import Backbone, BackboneConfig, Parts, load_backbone, load_tokenizer
 from modules.editor import Edited
-from modules.evaluation import Answers, evaluate_pool
+from modules.evaluation import Answers, RecordPool, evaluate_pool
 from modules.gradients import answer_loss, gradient_factors
 from modules.hypernetwork.batch import EditBatch, EditCollator, EditQueries
 from modules.hypernetwork.editor import DeltaEditor, DeltaModel
@@ -34,12 +34,6 @@ from modules.losses import head_of, mean_per_row, token_kl
 from modules.metrics import EditMetrics
 
 CALIBRATION_CHUNK = 16  # records
-
-
-class RecordPool(Protocol):
-    """A validation batch: records that are edited together."""
-
-    records: list[EditRecord]
 
 
 @dataclass

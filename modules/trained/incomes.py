@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -17,10 +17,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.records import EditRecord
 from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, load_backbone, load_tokenizer
 from modules.editor import Edited
-from modules.evaluation import Answers, evaluate_pool
+from modules.evaluation import Answers, RecordPool, evaluate_pool
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
@@ -28,12 +27,6 @@ from modules.gist.model import GistConfig, GistModel
 from modules.losses import edit_sensitivity, head_of, mean_per_row, token_ce_and_kl, token_log_probs, weighted_mean
 from modules.metrics import EditMetrics
 from modules.trained.incomes_config import LoraOptions, LossConfig, OptimizerConfig
-
-
-class RecordPool(Protocol):
-    """A validation batch: records that are edited together."""
-
-    records: list[EditRecord]
 
 
 class InComeS(L.LightningModule):

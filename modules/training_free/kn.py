@@ -109,8 +109,7 @@ class KnowledgeEdited(DeltaEdited):
         deltas: Mapping[str, Deltas] | None = None,
         memory: Mapping[str, Tensor] | None = None,
     ) -> None:
-        with torch.inference_mode(False):  # later edits take gradients through these
-            super().__init__(backbone, requests, deltas, memory)
+        super().__init__(backbone, requests, deltas, memory)
         self.editor = editor
 
     @property

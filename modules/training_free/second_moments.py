@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from datamodules.texts import identity, read_texts
 from datamodules.tokens import pad, pad_id, windows
 from modules.backbone import Backbone
+from modules.fingerprint import weights_hash
 from modules.interventions import linear, shape
 from modules.training_free.subject import Enough
 from modules.training_free.templates import sample, start_ids
@@ -90,14 +91,11 @@ def fingerprint(model: nn.Module) -> str:
         look.update(f"{name}{tuple(p.shape)}{p.dtype}".encode() + some.numpy().tobytes())
     known: dict[str, str] = vars(model).setdefault("_palimpsest_fingerprint", {})
     if look.hexdigest() not in known:
-        whole = sha256()
         for name, p in model.named_parameters():
             if not p.numel():
                 raise ValueError(f"weight {name!r} is not whole on this process (ZeRO-3): gather the weights first")
-            whole.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-            whole.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         known.clear()
-        known[look.hexdigest()] = whole.hexdigest()
+        known[look.hexdigest()] = weights_hash(model)
     return known[look.hexdigest()]
 
 
