@@ -224,3 +224,12 @@ class Editor(ABC):
         Raises:
             ValueError: for requests that the method cannot serve, before any work.
         """
+
+
+class TrainedEditor(Editor):
+    """An editor that was trained, with the model that it was trained for."""
+
+    @property
+    @abstractmethod
+    def reader(self) -> Backbone:
+        """The model that answers: what to hand to `edit`."""

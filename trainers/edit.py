@@ -55,7 +55,7 @@ def edit(
             raise ValueError("--backbone: an exported editor brings its own; leave it out")
         trained = load_editor(wanted)
         loaded: Editor = trained
-        model, reader = trained.model.backbone, trained.model.reader
+        model = reader = trained.reader
     else:
         model = reader = load_backbone(backbone or BackboneConfig())
         (loaded,) = (c.editor for c in choose([wanted], model))

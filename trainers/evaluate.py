@@ -78,7 +78,7 @@ def evaluate(
     exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
     if backbone is None and not exported:
         raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
-    model = load_backbone(backbone) if backbone else next(iter(exported.values())).model.reader
+    model = load_backbone(backbone) if backbone else next(iter(exported.values())).reader
     chosen = choose(wanted, model, exported)
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)

@@ -15,7 +15,7 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from datamodules.tokens import encode, pad, pad_id
 from modules.backbone import Backbone
-from modules.editor import Edited, Editor
+from modules.editor import Edited, TrainedEditor
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
 
@@ -104,7 +104,7 @@ class GistEdited(Edited):
         return cls(model, requests, pool)
 
 
-class GistEditor(Editor):
+class GistEditor(TrainedEditor):
     """The editor of a trained gist model.
 
     Full training changes the model itself, so the model that answers is the editor's own; the backbone that is passed
@@ -115,6 +115,10 @@ class GistEditor(Editor):
 
     def __init__(self, model: GistModel) -> None:
         self.model = model
+
+    @property
+    def reader(self) -> Backbone:
+        return self.model.reader
 
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[GistEdited]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datamodules.records import EditRequest
 from modules import delta_edited
 from modules.backbone import Backbone
-from modules.editor import Editor
+from modules.editor import TrainedEditor
 from modules.gradients import gradient_factors
 from modules.hypernetwork.batch import encode_edit, padded
 from modules.hypernetwork.network import Hypernetwork
@@ -93,7 +93,7 @@ class DeltaEdited(delta_edited.DeltaEdited):
         return cls(model, model.backbone).restored(folder)
 
 
-class DeltaEditor(Editor):
+class DeltaEditor(TrainedEditor):
     """The editor of a trained hypernetwork. It edits any model that has the layers it was trained for.
 
     Args:
@@ -103,6 +103,10 @@ class DeltaEditor(Editor):
     def __init__(self, model: DeltaModel, name: str) -> None:
         self.model = model
         self.name = name
+
+    @property
+    def reader(self) -> Backbone:
+        return self.model.reader
 
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[DeltaEdited]:

@@ -83,7 +83,7 @@ def test_export_and_back(
     editor = load_editor(folder)
     assert torch.equal(scores(editor, records), expected)
     assert not any(p.requires_grad for p in editor.model.parameters())
-    assert not any(m.training for m in [*editor.model.modules(), *editor.model.reader.model.modules()])
+    assert not any(m.training for m in [*editor.model.modules(), *editor.reader.model.modules()])
     about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
     assert (about["step"], about["train"], about["reader"]) == (7, train, reader)
     assert {"torch", "transformers"} <= about["versions"].keys()
@@ -114,7 +114,7 @@ def test_a_teacher_of_lower_precision(
     expected = scores(module.editor(), records)
     export(module, tmp_path / "out")
     editor = load_editor(tmp_path / "out")
-    assert editor.model.reader.model.dtype == torch.float32
+    assert editor.reader.model.dtype == torch.float32
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     torch.testing.assert_close(scores(editor, records), expected, atol=0.3, rtol=0.05)

@@ -310,7 +310,7 @@ def test_export_and_back(build: Callable[..., IBKE], records: list[EditRecord], 
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"editor.json", "editor.safetensors"}
     editor = load_editor(tmp_path / "out")
     assert editor.name == "ibke"
-    with editor.edit(editor.model.reader, requests) as edited:
+    with editor.edit(editor.reader, requests) as edited:
         assert torch.equal(scores(edited), expected)
 
 

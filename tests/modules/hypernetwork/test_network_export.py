@@ -29,7 +29,7 @@ def trained(tiny_config: Callable[..., BackboneConfig], records: list[EditRecord
 
 
 def scores(editor: DeltaEditor, records: list[EditRecord]) -> torch.Tensor:
-    with editor.edit(editor.model.reader, [r.request for r in records]) as edited:
+    with editor.edit(editor.reader, [r.request for r in records]) as edited:
         return torch.cat([s.log_probs for s in edited.score(["City A is in", "Who?"], ["Land 0", "me"])])
 
 
