@@ -233,3 +233,7 @@ class TrainedEditor(Editor):
     @abstractmethod
     def reader(self) -> Backbone:
         """The model that answers: what to hand to `edit`."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Move everything that edits and answers to a device."""

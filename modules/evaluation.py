@@ -95,6 +95,7 @@ def evaluate(
     seed: int = 0,
     originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and measure.
 
@@ -109,6 +110,7 @@ def evaluate(
         seed: of the bootstrap.
         originals: the unedited model's answers, kept over calls; by default asked anew of `backbone`.
         progress: called with the number of records done since the last call.
+        look: called with each edited model, and the records that it was edited with; its time does not count.
 
     Raises:
         ValueError: without records or with a pool size below 1; and whatever the editor raises.
@@ -134,6 +136,8 @@ def evaluate(
                 results += _results(edited, originals, group, **options)
                 edit_seconds += ready - start
                 answer_seconds += now(backbone) - ready
+                if look:
+                    look(edited, [record for record, _ in group])
             if progress:
                 progress(len(group))
     settings = options | {

@@ -87,7 +87,7 @@ def new_report(
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or _command_line(),
+        "command": command or command_line(),
         "data": data,
         "records": len(records),
         "edits": sum(len(record.requests) for record in records),
@@ -120,9 +120,13 @@ def failures(report: Report) -> list[tuple[str, int, str]]:
 
 
 def write_json(path: Path, report: Report) -> None:
-    """Write the report so that the file is whole at any time: to a temporary file beside it, then renamed."""
+    """Write the report so that the file is whole at any time."""
+    write_text(path, json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any time: to a temporary file beside it, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n"
     with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
@@ -214,7 +218,7 @@ def _put(report: Report, part: str, editor: str, pool_size: int, value: Any) -> 
     report[part].setdefault(editor, {})[str(pool_size)] = value
 
 
-def _command_line() -> str:
+def command_line() -> str:
     """This process's command, with `python -m MODULE` where it was started that way."""
     module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
     start = ["python", "-m", module.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
