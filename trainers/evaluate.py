@@ -13,7 +13,7 @@ from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.command import run
 from trainers.editors import Chosen, Spec, choose, read
-from trainers.evaluation_run import Protocol, drawn, run_evaluation
+from trainers.evaluation_run import Protocol, check_records, drawn, run_evaluation
 from trainers.retention import run_consecutive
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
@@ -49,12 +49,13 @@ def evaluate(
         pool_sizes: how many edits stand at once.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
-        exact_match: also generate and compare whole answers.
+        exact_match: also generate and compare whole answers (default protocol).
         out: the JSON file.
         seed: draws the records, and the bootstrap.
         batch_size: queries in one forward pass.
-        protocol: default (EasyEdit's token accuracy, exact match), or uniedit (top-5, related hops edited in;
-            nothing is generated).
+        protocol: default (EasyEdit's token accuracy, exact match), uniedit (top-5, related hops edited in),
+            counterfact (ES, PS, NS, EM, PM, NM, S) or zsre (efficacy, paraphrase, specificity, score). Only the default
+            generates.
         mode: `single`: each record from the unedited model, as `batch` with pools of 1; `batch`: pools of `pool_sizes`,
             or of `batch`; `sequential`: one record after another on top of all earlier ones; `consecutive`: batches of
             `batch` likewise. These two are evaluated at `checkpoints` over all edits so far.
@@ -75,13 +76,14 @@ def evaluate(
     if wrong:
         raise ValueError(f"unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
     wanted = read(editor or [])
-    exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
-    if backbone is None and not exported:
+    if backbone is None and not any(isinstance(one, Path) for one in wanted):
         raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
-    model = load_backbone(backbone) if backbone else next(iter(exported.values())).reader
-    chosen = choose(wanted, model, exported)
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
+    check_records(protocol, drawn_records)
+    exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
+    model = load_backbone(backbone) if backbone else next(iter(exported.values())).reader
+    chosen = choose(wanted, model, exported)
     editors = [Chosen(BASELINES[name](), {"baseline": name}) for name in baselines] + chosen
     about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
     if consecutively:
