@@ -142,8 +142,8 @@ def evaluate_published(
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and judge by a published protocol.
 
-    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. A query is a prompt with all targets
-    that are scored after it; seconds are of batches of `batch_size` rows, not of a query that is asked alone.
+    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. A query is a prompt with all
+    targets that are scored after it; seconds are of batches of `batch_size` rows, not of a query that is asked alone.
 
     Raises:
         ValueError: without records, with a pool size below 1, for a record that lacks what the protocol needs; where

@@ -82,8 +82,8 @@ def evaluate_uniedit(
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and judge by UniEdit's protocol.
 
-    Pools, `own_edit_only`, `originals`, `progress` and `look` are as in `modules.evaluation.evaluate`. The seconds spent
-    on hops count as answering.
+    Pools, `own_edit_only`, `originals`, `progress` and `look` are as in `modules.evaluation.evaluate`. The seconds
+    spent on hops count as answering.
 
     Against the released code: locality is left out for collisions within a pool, not within all records at once; all
     hops of a question are looked at before the first of them is edited in, and are then made in one call.

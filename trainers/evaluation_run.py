@@ -68,7 +68,7 @@ def run_evaluation(
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
-    definitions, judge = judge_of(protocol, backbone, exact_match, max_new_tokens)
+    definitions, judge = judge_of(protocol, Answers(Edited(backbone)), exact_match, max_new_tokens)
     report = new_report(backbone, records, sizes, data, seed, mode=mode, protocols=definitions)
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
@@ -138,13 +138,18 @@ def check_records(protocol: Protocol, records: Iterable[EditRecord]) -> None:
 
 
 def judge_of(
-    protocol: Protocol, backbone: Backbone, exact_match: bool, max_new_tokens: int = 16
+    protocol: Protocol, originals: Answers, exact_match: bool, max_new_tokens: int = 16
 ) -> tuple[Mapping[str, str], Callable[..., Evaluation]]:
-    """A protocol's metrics by name, and what evaluates one editor at one pool size: called with editor, backbone, records
-    and pool size, and whatever else `modules.evaluation.evaluate` takes. It keeps the unedited model's answers."""
+    """A protocol's metrics by name, and what evaluates one editor at one pool size.
+
+    That is called with editor, backbone, records, pool size, and batch_size, seed, progress and look where wanted, as
+    `modules.evaluation.evaluate` is.
+
+    Args:
+        originals: the unedited model's answers, which most protocols ask for.
+    """
     if protocol in PUBLISHED:
         return PUBLISHED[protocol].definitions, partial(evaluate_published, PUBLISHED[protocol])
-    originals = Answers(Edited(backbone))
     if protocol == "uniedit":
         return UNIEDIT_PROTOCOLS, partial(evaluate_uniedit, originals=originals)
     options = {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
