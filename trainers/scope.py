@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.sources import Source, load
-from modules.backbone import BackboneConfig, load_backbone
+from modules.backbone import BackboneConfig
 from modules.training_free.coachhook import CoachHook
 from modules.training_free.hook_scores import Scored, hook_scores, texts_of
 from trainers.callbacks.scope_drawing import scope_figure
 from trainers.command import run
-from trainers.editors import Spec, choose, read
+from trainers.editors import Spec
 from trainers.evaluation_run import drawn
 from trainers.report import write_json
+from trainers.workers import Specs, build, wanted_of
 
 
 def scope(
@@ -28,6 +29,7 @@ def scope(
     queries_per_kind: int | None = None,
     out: str = "scope.json",
     seed: int = 0,
+    device: str = "auto",
 ) -> None:
     """Edit records with hook layers, then ask what these make of prompts, rephrases and locality queries.
 
@@ -39,15 +41,17 @@ def scope(
         queries_per_kind: ask only so many rephrases and locality queries of each kind, of a record.
         out: the JSON file; the figure lies beside it, as .png.
         seed: draws the records.
+        device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
     specs = editor or ["coachhook"]
     if len(specs) != 1:
         raise ValueError(f"--editor: one editor with hook layers, got {len(specs)}")
-    wanted = read(specs)
+    wanted = Specs(backbone or BackboneConfig(), tuple(specs), device=device)
+    wanted_of(wanted)
     every = load(data)
     chosen = drawn(every.records, len(every), records, seed, queries_per_kind)
-    model = load_backbone(backbone or BackboneConfig())
-    made = choose(wanted, model)[0].editor
+    model, (one,) = build(wanted)
+    made = one.editor
     if not isinstance(made, CoachHook):
         raise ValueError(f"--editor {made.name} has no hook layers; coachhook has")
     with made.edit(model, [request for record in chosen for request in record.requests]) as edited:
