@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainers.benchmark.tables import Result, metrics_of, peak, points, seconds_per_edit
-from trainers.callbacks.curves import COLOURS, MARKERS, legend, over_edits
+from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, over_edits
 from trainers.callbacks.figures import blank, open_axes
 
 
@@ -38,10 +38,19 @@ def over_number(results: Sequence[Result]) -> Figure | None:
         for (editor, mode), found in at.items():
             colour, marker = look[editor]
             line = sorted((n, m[metric]["value"]) for n, m in found if metric in m)
-            style = ("-", "--", ":", "-.")[modes.index(mode)]
-            label = editor + (f" ({mode})" if len(modes) > 1 else "")
-            axes.plot(*zip(*line, strict=True), style, color=colour, marker=marker, markersize=3.5, label=label)
-        axes.set(title=title)
+            style = DASHES[modes.index(mode)]
+            first = mode == next(m for e, m in at if e == editor)
+            axes.plot(
+                *zip(*line, strict=True),
+                style,
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                label=editor if first else f"_{editor} ({mode})",  # in no legend
+            )
+        for mode, style in zip(modes if len(modes) > 1 else (), DASHES, strict=False):
+            axes.plot([], [], style, color="black", label=mode)
+        axes.set(title=title, ylim=(-0.03, 1.03))
         over_edits(axes, stops)
     legend(figure, panels[0])
     return figure
