@@ -2,8 +2,8 @@
 
 Sources: Meng et al. 2022 (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229) and their released evaluation; Qiao et al.
 2024 (DistillMIKE), appendix J, equations 18 to 21. All name a target's probability without saying of how many tokens;
-the released code of all takes exp(-mean NLL of its tokens), so targets of different lengths can be compared. DistillMIKE's code puts
-"Prompt: " before every query; here it is asked as it stands, as ROME and MEMIT do.
+the released code of all takes exp(-mean NLL of its tokens), so targets of different lengths can be compared.
+DistillMIKE's code puts "Prompt: " before every query; here it is asked as it stands, as ROME and MEMIT do.
 """
 
 import math
