@@ -38,6 +38,8 @@ class Vectors:
 
     def grow(self, count: int) -> None:
         """Rows without a vector at the end, so that there are `count`."""
+        if count <= len(self):
+            return
         with torch.inference_mode(False):
             if count > len(self._table):
                 larger = torch.zeros(max(count, 2 * len(self._table), 64), self._table.shape[1])
@@ -61,6 +63,12 @@ class Vectors:
         at = torch.tensor(rows, dtype=torch.long)
         with torch.inference_mode(False):
             self._table, self.known = self.table[at], self.known[at]
+
+    def copy(self) -> "Vectors":
+        other = Vectors(self._table.shape[1])
+        with torch.inference_mode(False):
+            other._table, other.known = self.table.clone(), self.known.clone()
+        return other
 
     def nearest(self, queries: Tensor, k: int) -> list[Nearest]:
         """Of each query [Q, d], the k nearest of all known rows; of equal ones the first comes first."""
