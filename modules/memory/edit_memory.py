@@ -21,7 +21,7 @@ from modules.memory.encoder import Encoder
 from modules.memory.files import Entry
 from modules.memory.retrieval import retrieve
 from modules.memory.subjects import SubjectIndex, subject_of
-from modules.memory.vectors import Nearest, Vectors, best
+from modules.memory.vectors import Vectors
 from modules.memory.words import Words, fold, words
 
 Key = tuple[str, Words]
@@ -63,8 +63,7 @@ class EditMemory:
         Raises:
             ValueError: without an encoder.
         """
-        rows = sorted(self._row.values())
-        return self._encoded(rows).table[torch.tensor(rows, dtype=torch.long)]
+        return self._encoded().table[torch.tensor(sorted(self._row.values()), dtype=torch.long)]
 
     def add(self, requests: Sequence[EditRequest], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         """Add edits. One whose statement is there already adds nothing new; one whose prompt is there with another
@@ -77,15 +76,10 @@ class EditMemory:
             ValueError: for aliases of a subject that none of these edits has, or an alias without a word.
         """
         others = {subject_of(subject): tuple(names) for subject, names in (aliases or {}).items()}
-        subjects = [subject_of(request.subject) for request in requests]
-        for subject, names in (aliases or {}).items():
-            if not subject_of(subject) or subject_of(subject) not in subjects:
-                raise ValueError(f"aliases of {subject!r}: none of the edits that are added has that subject")
-            for name in names:
-                if not words(name):
-                    raise ValueError(f"aliases of {subject!r}: {name!r} holds no word")
-        for request, subject in zip(requests, subjects, strict=True):
-            self._add(request, others.get(subject, ()))
+        if aliases:
+            self._check(aliases, {subject_of(request.subject) for request in requests})
+        for request in requests:
+            self._add(request, others.get(subject_of(request.subject), ()) if others else ())
 
     def remove(self, requests: Sequence[EditRequest]) -> None:
         """Remove edits; a subject goes with its last edit. What an edit had replaced does not come back.
@@ -133,15 +127,12 @@ class EditMemory:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if among is None:
-            vectors = self._encoded(list(self._row.values()))
-            found = vectors.nearest(self._encode(queries), k)
+            found = self._encoded().nearest(self._encode(queries), k)
         else:
             each = [sorted({self._row_of(request) for request in some}) for some in among]
-            table = self._encoded(sorted({row for rows in each for row in rows})).table
-            found = []
-            for rows, query in zip(each, self._encode(queries), strict=True):
-                near = best(table[torch.tensor(rows, dtype=torch.long)] @ query, k)
-                found.append(Nearest([rows[i] for i in near.rows], near.cosines))
+            vectors = self._encoded(sorted({row for rows in each for row in rows}))
+            asked = zip(self._encode(queries), each, strict=True)
+            found = [vectors.nearest_among(query, k, rows) for query, rows in asked]
         return [
             [(entry.request, cosine) for row, cosine in zip(*near, strict=True) if (entry := self._entries[row])]
             for near in found
@@ -189,6 +180,15 @@ class EditMemory:
         return memory
 
     # ------------------------------------------------------------------ inside
+
+    @staticmethod
+    def _check(aliases: Mapping[str, Sequence[str]], subjects: set[Words]) -> None:
+        for subject, names in aliases.items():
+            if not subject_of(subject) or subject_of(subject) not in subjects:
+                raise ValueError(f"aliases of {subject!r}: none of the edits that are added has that subject")
+            for name in names:
+                if not words(name):
+                    raise ValueError(f"aliases of {subject!r}: {name!r} holds no word")
 
     def _find(self, request: EditRequest) -> int | None:
         row = self._row.get(_key(request))
@@ -241,17 +241,17 @@ class EditMemory:
             raise ValueError("this memory has no encoder, so it cannot tell what is near; give EditMemory(encoder)")
         return self.encoder(texts)
 
-    def _encoded(self, rows: Sequence[int]) -> Vectors:
-        """The vectors, of these rows at least."""
+    def _encoded(self, rows: Sequence[int] | None = None) -> Vectors:
+        """The vectors, of these rows at least; by default of all edits."""
         if self._vectors is None:
             self._vectors = Vectors(self._encode([]).shape[1])
-        self._vectors.grow(len(self._entries))
-        known = self._vectors.known.tolist()
-        new = [row for row in rows if not known[row]]
-        if new:
-            statements = [entry.request.statement for row in new if (entry := self._entries[row])]
-            self._vectors.put(new, self._encode(statements))
-        return self._vectors
+        vectors = self._vectors
+        vectors.grow(len(self._entries))
+        new = vectors.unknown() if rows is None else [row for row in rows if not vectors.known[row]]
+        statements = {row: entry.request.statement for row in new if (entry := self._entries[row])}
+        if statements:
+            vectors.put(list(statements), self._encode(list(statements.values())))
+        return vectors
 
 
 def _key(request: EditRequest) -> Key:

@@ -61,7 +61,7 @@ def load(folder: Path) -> Saved:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         version, name = told["version"], told["encoder"]
-        entries = [Entry(EditRequest(**e["request"]), tuple(e.get("aliases", ()))) for e in told["edits"]]
+        entries = [Entry(EditRequest(**e["request"]), tuple(map(str, e.get("aliases", ())))) for e in told["edits"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {type(error).__name__} {error}; save the memory again") from error
     if version != _VERSION:

@@ -5,8 +5,9 @@ or a quote, and a hyphen inside a word. Any other mark counts as a word of its o
 Odyssey" are found as they are written, and "Paris Texas" is not found in "Not Paris. Texas". Diacritics count:
 "Curacao" is not "Curaçao"; aliases serve for that.
 
-A word is a run of letters and digits. Scripts that put no space between words give none to go by: there each character
-is a word, with its vowel signs (so 京都 is found in 東京都, wrongly), but a run of katakana is one word.
+A word is a run of letters and digits; 5.1 and 10,000 are one. Scripts that put no space between words give none to go
+by: there each character is a word, with its vowel signs (so 京都 is found in 東京都, wrongly), but a run of katakana is
+one word.
 """
 
 import unicodedata
@@ -33,6 +34,9 @@ def words(text: str) -> Words:
         if kind == "dash":
             inside = last in _WORDS and _kind(text[at + 1 : at + 2]) in _WORDS
             kind, character = ("space", "") if inside else ("sign", "-")
+        if character in ".," and found and last == "letters":
+            digits = found[-1][-1].isdigit() and text[at + 1 : at + 2].isdigit()
+            kind = "letters" if digits else kind  # iOS 5 is not found in iOS 5.1
         joins = last in _WORDS if kind == "mark" else kind == last and kind in _RUNS
         if joins:
             found[-1] += character
