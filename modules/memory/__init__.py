@@ -1,0 +1,8 @@
+"""Edits kept outside the weights, to be looked up for each query."""
+
+from modules.memory.edit_memory import EditMemory
+from modules.memory.encoder import Encoder, EncoderConfig, SentenceEncoder
+from modules.memory.files import Entry
+from modules.memory.retrieval import Retrieved, retrieve
+
+__all__ = ["EditMemory", "Encoder", "EncoderConfig", "Entry", "Retrieved", "SentenceEncoder", "retrieve"]
