@@ -139,8 +139,9 @@ def choices(question: str) -> dict[str, str]:
 
 def _result(edit: Any, index: int) -> str:
     """What a sum comes to: the text behind its equals sign."""
-    if not isinstance(edit, str) or not edit.rpartition("=")[2].strip():
+    _, equals, result = edit.rpartition("=") if isinstance(edit, str) else ("", "", "")
+    if not equals or not result.strip():
         raise ValueError(
             f"field 'edits[{index}]' is {edit!r}: a question without an answer needs an edit 'sum = answer'"
         )
-    return edit.rpartition("=")[2].strip()
+    return result.strip()

@@ -50,10 +50,11 @@ def _consistent(records: Iterator[EditRecord]) -> Iterator[EditRecord]:
 
 
 def conflicting(records: Sequence[EditRecord]) -> list[bool]:
-    """Which cases rest on a hop that another case edits to something else; in CF-3k (version 1) always an unedited one.
+    """Which cases rest on a hop that another case edits to something else.
 
     Under all the edits such a case has no right answer: its own is built on the one, the other's edit says the other.
-    A hop and an edit are the same fact where their questions (or clozes) are the same.
+    In CF-3k (version 1) these are unedited hops, but for three cases on namesakes ("Ford Mustang" is two entities). A
+    hop and an edit are the same fact where their questions (or clozes) are the same, as they are to a model.
     """
     new: dict[str, set[str]] = {}
     for record in records:
