@@ -4,7 +4,7 @@ Source: Akyürek et al. 2023, DUnE, and its released evaluation; the rules are i
 project's own: a base model needs to be told where the answer begins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datamodules.readers.dune import SETS
@@ -50,12 +50,13 @@ def evaluate_dune(
     seed: int = 0,
     originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
     max_new_tokens: int = 20,
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and judge by DUNE's protocol.
 
-    Pools, `own_edit_only`, `originals` and `progress` are as in `modules.evaluation.evaluate`. Each record's questions
-    must be of kinds that are sets of DUNE, as `datamodules.readers.dune` reads them.
+    Pools, `own_edit_only`, `originals`, `progress` and `look` are as in `modules.evaluation.evaluate`. Each record's
+    questions must be of kinds that are sets of DUNE, as `datamodules.readers.dune` reads them.
 
     Args:
         max_new_tokens: length of an answer; the released code's 20 by default.
@@ -65,9 +66,7 @@ def evaluate_dune(
             raises.
     """
     pools, dropped = split_pools(records, pool_size)
-    for record in records:
-        if wrong := [kind for _, kind, _ in _asked(record) if kind not in SETS]:
-            raise ValueError(f"record {record.id!r} has questions of kind {wrong[0]!r}, no set of DUNE; read DUNE")
+    check_dune(records)
     originals = originals or Answers(Edited(backbone))
     results: list[dict[str, Any]] = []
     edit_seconds = answer_seconds = 0.0
@@ -80,6 +79,8 @@ def evaluate_dune(
                 results += _judged(edited, originals, group, max_new_tokens, batch_size)
                 edit_seconds += ready - start
                 answer_seconds += now(backbone) - ready
+                if look:
+                    look(edited, group)
             if progress:
                 progress(len(group))
     settings = {
@@ -94,6 +95,20 @@ def evaluate_dune(
     }
     aggregates = summarise(results, seed=seed, values=dune_values)
     return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+
+def check_dune(records: Iterable[EditRecord]) -> None:
+    """Refuse records that the protocol cannot judge.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for record in records:
+        kinds = [kind for _, kind, _ in _asked(record)]
+        wrong = next((kind for kind in kinds if kind not in SETS), None)
+        if wrong or not kinds:
+            found = f"has questions of kind {wrong!r}, which is no set of DUNE" if wrong else "has no questions"
+            raise ValueError(f"--protocol dune: record {record.id!r} {found}; read DUNE")
 
 
 def dune_values(answers: Mapping[str, Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ Source: Zhong et al. 2023, arXiv 2305.14795, section 3.3, and the evaluation not
 asked by their own cloze without demonstrations, unedited facts and multi-hop questions after demonstrations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,14 +48,15 @@ def evaluate_mquake(
     seed: int = 0,
     originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
     few_shot: FewShot = _DEFAULT,
     max_new_tokens: int | None = None,
     conflicts: bool = False,
 ) -> Evaluation:
     """Edit the cases a pool at a time, each pool from the unedited backbone, and judge by MQuAKE's protocol.
 
-    Pools, `own_edit_only` and `progress` are as in `modules.evaluation.evaluate`. All edits of a pool are made, but a
-    case that rests on a hop which another case of its pool edits to something else is not asked (see
+    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. All edits of a pool are made,
+    but a case that rests on a hop which another case of its pool edits to something else is not asked (see
     `datamodules.readers.mquake.conflicting`): it has no right answer. Pools of 1 ask every case.
 
     Args:
@@ -69,8 +70,7 @@ def evaluate_mquake(
             case is contradicted; and whatever the editor raises.
     """
     pools, dropped = split_pools(records, pool_size)
-    if without := next((record.id for record in records if not record.multi_hop), None):
-        raise ValueError(f"record {without!r} has no multi-hop questions, which protocol mquake asks; read MQuAKE")
+    check_mquake(records)
     results: list[dict[str, Any]] = []
     edit_seconds = answer_seconds = 0.0
     for pool in pools:
@@ -86,6 +86,8 @@ def evaluate_mquake(
                 results += _judged(edited, asked, few_shot, max_new_tokens, batch_size)
                 edit_seconds += ready - start
                 answer_seconds += now(backbone) - ready
+                if look:
+                    look(edited, asked)
             if progress:
                 progress(len(group))
     if not results:
@@ -107,6 +109,17 @@ def evaluate_mquake(
     }
     aggregates = summarise(results, seed=seed, values=mquake_values)
     return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+
+def check_mquake(records: Iterable[EditRecord]) -> None:
+    """Refuse records that the protocol cannot judge.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for record in records:
+        if not record.multi_hop:
+            raise ValueError(f"--protocol mquake: record {record.id!r} has no multi-hop questions; read MQuAKE")
 
 
 def mquake_values(answers: Mapping[str, Any]) -> dict[str, float]:

@@ -46,6 +46,10 @@ def test_case(write):
     assert record.domain is None  # two relations
 
 
+def test_what_only_the_temporal_set_has_is_not_needed(write):
+    assert list(read_mquake(write([CASE | {"answer_extended": ["B"]}]))) == list(read_mquake(write([CASE])))
+
+
 def test_domain_of_one_relation(write):
     (record,) = read_mquake(write([CASE | {"requested_rewrite": [rewrite("a", "b", "c"), rewrite("d", "e", "f")]}]))
     assert record.domain == "P27"

@@ -25,7 +25,7 @@ import pytest
 from datamodules.records import Query
 from modules.backbone import Backbone
 from modules.evaluation import Answers
-from modules.protocols.dune import DUNE_PROTOCOLS, evaluate_dune, prompted
+from modules.protocols.dune import DUNE_PROTOCOLS, check_dune, evaluate_dune, prompted
 from modules.protocols.dune_answers import gives, letter, names, number, reading, verdict
 from modules.training_free.icl import InContext, Unedited
 from tests.modules.protocols.scripted import BACKBONE, Scripted, Told, figures, golden
@@ -44,10 +44,19 @@ def told(own_edit_only: bool = False) -> Told:
 @pytest.mark.parametrize("own_edit_only", [False, True])
 def test_golden_figures(own_edit_only: bool) -> None:
     editor, done = told(own_edit_only), []
-    evaluation = evaluate_dune(editor, BACKBONE, GOLDEN["records"], 4, originals=originals(), progress=done.append)
+    seen: list[str] = []
+    evaluation = evaluate_dune(
+        editor,
+        BACKBONE,
+        GOLDEN["records"],
+        4,
+        originals=originals(),
+        progress=done.append,
+        look=lambda edited, records: seen.extend(record.id for record in records),
+    )
     assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
     assert [len(made) for made in editor.made] == ([1] * 4 if own_edit_only else [4])
-    assert sum(done) == 4
+    assert sum(done) == len(seen) == 4
     first = evaluation.records[0]["post"]["portability"][0]
     assert (first["set"], first["gives"], first["acc"]) == ("scientific", 1.0, 0.75)
 
@@ -66,8 +75,10 @@ def test_every_figure_has_its_definition() -> None:
 
 def test_questions_that_are_no_dune_are_refused() -> None:
     record = replace(GOLDEN["records"][0], portability={"hop": (Query("q", ("a",)),)})
-    with pytest.raises(ValueError, match=r"record 'scientific-0' has questions of kind 'hop', no set of DUNE"):
+    with pytest.raises(ValueError, match=r"record 'scientific-0' has questions of kind 'hop', which is no set of DUNE"):
         evaluate_dune(told(), BACKBONE, [record], 1, originals=originals())
+    with pytest.raises(ValueError, match="record 'scientific-0' has no questions; read DUNE"):
+        check_dune([replace(record, portability={}, locality={})])
 
 
 def test_prompts_say_what_to_reply() -> None:

@@ -36,11 +36,19 @@ def told(own_edit_only: bool = False) -> Told:
 
 
 def test_golden_figures() -> None:
-    editor, done = told(), []
-    evaluation = evaluate_mquake(editor, BACKBONE, GOLDEN["records"], 4, few_shot=SHOWN, progress=done.append)
+    editor, done, seen = told(), [], []
+    evaluation = evaluate_mquake(
+        editor,
+        BACKBONE,
+        GOLDEN["records"],
+        4,
+        few_shot=SHOWN,
+        progress=done.append,
+        look=lambda edited, cases: seen.extend(case.id for case in cases),
+    )
     assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
     assert [len(made) for made in editor.made] == [6]  # cy's edit too
-    assert done == [4]
+    assert (done, seen) == ([4], ["zoe", "al", "bo"])
     assert evaluation.settings["records_contradicted"] == 1
     assert evaluation.settings["demonstrations"] == "given"
     zoe = evaluation.records[0]
