@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from datamodules.records import EditRecord, Query
 from modules.editor import Edited
-from modules.protocols.text import generated, names
+from modules.protocols.text import generated, mentions
 
 
 def without_failed_conditions(
@@ -34,7 +34,7 @@ def without_failed_conditions(
 
     def met(kinds: Mapping[str, Sequence[Query]]) -> dict[str, tuple[Query, ...]]:
         found = {
-            kind: tuple(q for q in queries if all(names(texts[c.prompt], c.answers) for c in q.conditions))
+            kind: tuple(q for q in queries if all(mentions(texts[c.prompt], c.answers) for c in q.conditions))
             for kind, queries in kinds.items()
         }
         return {kind: queries for kind, queries in found.items() if queries}

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from modules.protocols.text import first_line
+
 # Of this project's own making, for when MQuAKE's files are not at hand.
 _MULTI_HOP = """\
 Q: What is the capital of the country where the Eiffel Tower stands? A: Paris
@@ -78,7 +80,7 @@ class FewShot:
             _, found, text = text.partition(_ANSWER)
             if not found:
                 return ""
-        return (text.strip().splitlines() or [""])[0].strip()
+        return first_line(text)
 
 
 def _after(demonstrations: str, question: str) -> str:

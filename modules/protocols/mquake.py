@@ -15,7 +15,7 @@ from modules.editor import Edited, Editor
 from modules.evaluation import Answers, Evaluation, now, rewrite, split_pools
 from modules.metrics import PROTOCOLS, exact_match, summarise
 from modules.protocols.few_shot import FewShot
-from modules.protocols.text import generated
+from modules.protocols.text import first_line, generated
 
 MEASURES = (
     "reliability/mquake_edit_wise",
@@ -168,7 +168,9 @@ def _result(
         for request in case.requests
         if request.target
     ]
-    known = [float(_said(texts[few_shot.ask_hop(hop.prompt)], hop.answers)) for hop in _unedited(case)]
+    known = [
+        float(same_answer(first_line(texts[few_shot.ask_hop(hop.prompt)]), hop.answers)) for hop in _unedited(case)
+    ]
     answered = [said[few_shot.ask(query.prompt)] for query in case.multi_hop]
     criteria = case.multi_hop[0].criteria
     post = {
@@ -183,10 +185,6 @@ def _result(
         "criteria": list(criteria),
     }
     return {"case_id": case.id, "requested_rewrite": rewrite(case), "post": post}
-
-
-def _said(text: str, answers: Sequence[str]) -> bool:
-    return same_answer((text.strip().splitlines() or [""])[0], answers)
 
 
 def _unedited(case: EditRecord) -> list[Query]:

@@ -17,7 +17,7 @@ def within(words: Sequence[str], wanted: Sequence[str]) -> bool:
     return bool(n) and any(list(words[at : at + n]) == list(wanted) for at in range(len(words) - n + 1))
 
 
-def names(text: str, answers: Sequence[str]) -> bool:
+def mentions(text: str, answers: Sequence[str]) -> bool:
     """Whether a text has one of the answers in it, in whole words."""
     words = normalise(text)
     return any(within(words, normalise(answer)) for answer in answers)

@@ -1,6 +1,6 @@
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.protocols.conditions import without_failed_conditions
-from modules.protocols.text import first_line, names, within
+from modules.protocols.text import first_line, mentions, within
 from tests.modules.protocols.scripted import Scripted
 
 EYES = Query("The eye color of Al is", ("blue", "blue eyes"))
@@ -34,8 +34,8 @@ def test_what_the_unedited_model_does_not_know_is_left_out() -> None:
 
 
 def test_words_within_a_text() -> None:
-    assert names("It is the Syrian pound.", ("SYP", "Syrian Pound"))
-    assert not names("It is a pound.", ("Syrian pound", "the"))
+    assert mentions("It is the Syrian pound.", ("SYP", "Syrian Pound"))
+    assert not mentions("It is a pound.", ("Syrian pound", "the"))
     assert within(["a", "b", "c"], ["b", "c"])
     assert not within(["a", "b", "c"], ["a", "c"])
     assert not within(["a"], [])
