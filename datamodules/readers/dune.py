@@ -50,10 +50,8 @@ def read_dune(
     subset = subset or stem(path)
     if subset not in SETS:
         raise ValueError(f"{path}: its name tells no set of DUNE; give subset: one of {', '.join(SETS)}")
-    rows, others = (
-        _rows(path),
-        [] if locality is False else list(_locality(Path(path), subset, required=bool(locality))),
-    )
+    rows = _rows(path)
+    others = [] if locality is False else list(_locality(Path(path), subset, required=bool(locality)))
     shares = [others[i :: len(rows)] for i in range(len(rows))]
 
     def convert(row: Mapping[str, Any], index: int) -> EditRecord:

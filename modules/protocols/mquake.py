@@ -71,29 +71,27 @@ def evaluate_mquake(
     """
     pools, dropped = split_pools(records, pool_size)
     check_mquake(records)
-    results: list[dict[str, Any]] = []
-    edit_seconds = answer_seconds = 0.0
-    for pool in pools:
-        out = [False] * len(pool) if conflicts else conflicting(pool)
-        cases = list(zip(pool, out, strict=True))
-        for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
-            asked = [record for record, contradicted in group if not contradicted]
-            if not asked and editor.own_edit_only:
-                continue
-            start = now(backbone)
-            with editor.edit(backbone, [request for record, _ in group for request in record.requests]) as edited:
-                ready = now(backbone)
-                results += _judged(edited, asked, few_shot, max_new_tokens, batch_size)
-                edit_seconds += ready - start
-                answer_seconds += now(backbone) - ready
-                if look:
-                    look(edited, asked)
-            if progress:
-                progress(len(group))
-    if not results:
+    left_out = [[False] * len(pool) if conflicts else conflicting(pool) for pool in pools]
+    if all(out for of_pool in left_out for out in of_pool):
         raise ValueError(
             "every case is contradicted by another one of its pool; take smaller pools, or conflicts: true"
         )
+    results: list[dict[str, Any]] = []
+    edit_seconds = answer_seconds = 0.0
+    for pool, of_pool in zip(pools, left_out, strict=True):
+        cases = list(zip(pool, of_pool, strict=True))
+        for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
+            if asked := [record for record, out in group if not out]:
+                start = now(backbone)
+                with editor.edit(backbone, [request for record, _ in group for request in record.requests]) as edited:
+                    ready = now(backbone)
+                    results += _judged(edited, asked, few_shot, max_new_tokens, batch_size)
+                    edit_seconds += ready - start
+                    answer_seconds += now(backbone) - ready
+                    if look:
+                        look(edited, asked)
+            if progress:
+                progress(len(group))
     settings = {
         "protocol": "mquake",
         "demonstrations": "own" if few_shot.multi_hop == _DEFAULT.multi_hop else "given",
@@ -104,7 +102,7 @@ def evaluate_mquake(
         "pools": len(pools),
         "records": len(results),
         "records_dropped": dropped,
-        "records_contradicted": sum(map(len, pools)) - len(results),
+        "records_contradicted": sum(map(sum, left_out)),
         "bootstrap_seed": seed,
     }
     aggregates = summarise(results, seed=seed, values=mquake_values)

@@ -67,10 +67,11 @@ def test_a_case_by_itself_is_asked_whatever_the_others_edit(size: int, conflicts
 
 
 def test_an_upper_bound_gets_its_own_edits_and_the_questions_of_the_pool() -> None:
-    editor = told(own_edit_only=True)
-    evaluation = evaluate_mquake(editor, BACKBONE, GOLDEN["records"], 4, few_shot=SHOWN)
+    editor, done = told(own_edit_only=True), []
+    evaluation = evaluate_mquake(editor, BACKBONE, GOLDEN["records"], 4, few_shot=SHOWN, progress=done.append)
     assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
     assert [len(made) for made in editor.made] == [1, 2, 2]
+    assert sum(done) == 4
 
 
 def test_a_chain_that_is_not_whole_has_no_instance_wise_accuracy() -> None:
@@ -87,8 +88,10 @@ def test_refusals() -> None:
         evaluate_mquake(told(), BACKBONE, [plain], 1)
     cy, bo = GOLDEN["records"][2:]
     against = replace(bo, portability={"single_hop": (Query("Where does Cy live?", ("Peru",)),)})
+    editor = told()
     with pytest.raises(ValueError, match="every case is contradicted"):
-        evaluate_mquake(told(), BACKBONE, [cy, against], 2)
+        evaluate_mquake(editor, BACKBONE, [cy, against], 2)
+    assert editor.made == []  # told before any work
 
 
 def test_same_answer() -> None:
