@@ -207,7 +207,7 @@ def _over(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in more.items():
         old = merged.get(key)
-        merged[key] = _over(old, value) if _named(old) and _named(value) else value
+        merged[key] = _over(old or {}, value) if _named(old) and _named(value) else value
     return merged
 
 

@@ -12,7 +12,8 @@ from trainers.benchmark.grid import Benchmark
 from trainers.benchmark.run import run_benchmark
 from trainers.command import run
 from trainers.editors import Spec
-from trainers.evaluation_run import Protocol, check_records, drawn, run_evaluation
+from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
+from trainers.protocols import Demonstrations, Protocol, check_records
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
 
@@ -35,6 +36,7 @@ def evaluate(
     batch: int | None = None,
     checkpoints: list[int] | None = None,
     device: str = "auto",
+    demonstrations: Demonstrations | None = None,
     benchmark: Benchmark | None = None,
 ) -> None:
     """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
@@ -54,14 +56,15 @@ def evaluate(
         seed: draws the records, and the bootstrap.
         batch_size: queries in one forward pass.
         protocol: default (EasyEdit's token accuracy, exact match), uniedit (top-5, related hops edited in),
-            counterfact (ES, PS, NS, EM, PM, NM, S) or zsre (efficacy, paraphrase, specificity, score). Only the default
-            generates.
+            counterfact (ES, PS, NS, EM, PM, NM, S), zsre (efficacy, paraphrase, specificity, score), mquake (few-shot
+            answers to any of three questions) or dune (its answer rules).
         mode: `single`: each record from the unedited model, as `batch` with pools of 1; `batch`: pools of `pool_sizes`,
             or of `batch`; `sequential`: one record after another on top of all earlier ones; `consecutive`: batches of
             `batch` likewise. These two are evaluated at `checkpoints` over all edits so far.
         batch: records of one edit.
         checkpoints: numbers of records edited so far; by default 1, 10, 100, ... and the end.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        demonstrations: of the protocol mquake.
         benchmark: a grid of data sets and runs for all editors, in place of one set and mode; see
             configs/benchmark_smollm2.yaml.
     """
@@ -87,7 +90,10 @@ def evaluate(
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
     check_records(protocol, drawn_records)
+    if demonstrations and protocol != "mquake":
+        raise ValueError(f"--demonstrations are of --protocol mquake; the protocol is {protocol}")
     model, editors = build(specs)
+    drawn_records = meeting_conditions(model, drawn_records, batch_size)
     about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
     if consecutively:
         run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, exact_match, Path(out), **about)
@@ -101,6 +107,7 @@ def evaluate(
         exact_match,
         Path(out),
         protocol=protocol,
+        demonstrations=demonstrations,
         singles=None if mode == "single" else singles,
         mode=mode,
         **about,

@@ -2,27 +2,20 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
-from modules.counterfact import COUNTERFACT
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, Evaluation, evaluate, fewer_queries, split_pools
-from modules.metrics import PROTOCOLS
-from modules.published import Published, evaluate_published
-from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit
-from modules.zsre import ZSRE
+from modules.evaluation import Answers, fewer_queries, split_pools
+from modules.protocols.conditions import without_failed_conditions
+from trainers.protocols import Demonstrations, Protocol, check_records, judge_of
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
-Protocol = Literal["default", "uniedit", "counterfact", "zsre"]
-PUBLISHED: dict[str, Published] = {protocol.name: protocol for protocol in (COUNTERFACT, ZSRE)}
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +35,7 @@ def run_evaluation(
     console: Console | None = None,
     protocol: Protocol = "default",
     mode: str = "batch",
+    demonstrations: Demonstrations | None = None,
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -53,8 +47,7 @@ def run_evaluation(
         data, seed, mode: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
-        protocol: how answers are judged, see `modules.evaluation`, `modules.uniedit`, `modules.counterfact` and
-            `modules.zsre`; only the default generates.
+        protocol, demonstrations: how answers are judged, see `trainers.protocols`.
 
     An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
@@ -68,7 +61,7 @@ def run_evaluation(
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
-    definitions, judge = judge_of(protocol, Answers(Edited(backbone)), exact_match, max_new_tokens)
+    definitions, judge = judge_of(protocol, Answers(Edited(backbone)), exact_match, max_new_tokens, demonstrations)
     report = new_report(backbone, records, sizes, data, seed, mode=mode, protocols=definitions)
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
@@ -119,6 +112,16 @@ def drawn(
     return [fewer_queries(r, queries_per_kind, seed) for r in chosen] if queries_per_kind else chosen
 
 
+def meeting_conditions(backbone: Backbone, records: list[EditRecord], batch_size: int = 32) -> list[EditRecord]:
+    """Without the questions whose conditions the unedited model does not meet (RippleEdits); most records have none."""
+    kinds = (kind for record in records for kind in (record.locality, record.portability))
+    if not any(query.conditions for of in kinds for queries in of.values() for query in queries):
+        return records
+    kept, lost = without_failed_conditions(Edited(backbone), records, batch_size)
+    log.warning("%d questions are left out: the unedited model does not know what they rest on", sum(lost))
+    return kept
+
+
 def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
     """Refuse what cannot be evaluated, before any work."""
     if not editors or not records or not pool_sizes or min(pool_sizes) < 1:
@@ -129,31 +132,6 @@ def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: 
     names = [editor.name for editor in editors]
     if len(set(names)) < len(names):
         raise ValueError(f"editors need different names, since results are filed by name; got {', '.join(names)}")
-
-
-def check_records(protocol: Protocol, records: Iterable[EditRecord]) -> None:
-    """Refuse records that a protocol cannot judge, before any work."""
-    if protocol in PUBLISHED:
-        PUBLISHED[protocol].check(records)
-
-
-def judge_of(
-    protocol: Protocol, originals: Answers, exact_match: bool, max_new_tokens: int = 16
-) -> tuple[Mapping[str, str], Callable[..., Evaluation]]:
-    """A protocol's metrics by name, and what evaluates one editor at one pool size.
-
-    That is called with editor, backbone, records, pool size, and batch_size, seed, progress and look where wanted, as
-    `modules.evaluation.evaluate` is.
-
-    Args:
-        originals: the unedited model's answers, which most protocols ask for.
-    """
-    if protocol in PUBLISHED:
-        return PUBLISHED[protocol].definitions, partial(evaluate_published, PUBLISHED[protocol])
-    if protocol == "uniedit":
-        return UNIEDIT_PROTOCOLS, partial(evaluate_uniedit, originals=originals)
-    options = {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
-    return PROTOCOLS, partial(evaluate, originals=originals, **options)
 
 
 def bar(console: Console, enabled: bool) -> Progress:

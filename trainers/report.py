@@ -50,10 +50,18 @@ COLUMNS = (
     ("locality/uniedit_top_5", "Locality", "Loc."),
     ("portability/uniedit_top_5", "Portability", "Port."),
     ("multi_hop/uniedit_top_5", "Multi-hop", "Hops"),
+    ("reliability/mquake_edit_wise", "Edit-wise", ""),
+    ("single_hop/mquake_instance_wise", "Instance-wise", ""),
+    ("multi_hop/mquake_accuracy", "Multi-hop answers", ""),
+    ("portability/dune_accuracy", "Accuracy", ""),
+    ("portability/dune_stereotyped", "Stereotyped", ""),
+    ("locality/dune_agreement", "Agreement", ""),
+    ("locality/dune_accuracy", "Locality accuracy", ""),
     *((name, name.removeprefix("counterfact/"), "") for name in COUNTERFACT.definitions),
     *((name, name.removeprefix("zsre/").capitalize(), "") for name in ZSRE.definitions),
 )
-UNRANKED = ("counterfact/EM", "counterfact/PM", "counterfact/NM")  # by appendix J of DistillMIKE no measure of quality
+# by appendix J of DistillMIKE the magnitudes are no measure of quality; of stereotyped answers fewer are better
+UNRANKED = ("portability/dune_stereotyped", "counterfact/EM", "counterfact/PM", "counterfact/NM")
 # facts of a run that stand beside the metrics of the published protocols: key, title, digits
 COSTS = (("answer_seconds_per_query", "Seconds", 3), ("context_tokens", "Context", 1))
 CRITERIA = (  # a table of its own
@@ -78,6 +86,15 @@ COUNTERFACT_LEGEND = (
 ZSRE_LEGEND = (
     "Percent, means over records; pool: records edited at once. zsRE's protocol: teacher-forced token accuracy at the "
     "edits' questions, their rephrasings, and unrelated questions with their gold answers; score: the harmonic mean."
+)
+MQUAKE_LEGEND = (
+    "Percent, means over cases; pool: cases edited at once. MQuAKE's protocol: whole greedy answers, to the edits' own "
+    "prompts, to all facts of the chain, and to any of three multi-hop questions after demonstrations; multi-hop: "
+    "InComeS's token accuracy of the best question and alias."
+)
+DUNE_LEGEND = (
+    "Percent, means over records; pool: records edited at once. DUNE's protocol: the letter, number, yes or no, "
+    "or name read out of a greedy answer; stereotyped: fewer is better; agreement: with the unedited model's answers."
 )
 COSTS_LEGEND = " Seconds: of answering, a query (in batches); context: tokens that the method puts before a query."
 EXACT_LEGEND = " EM: exact match of the greedy answer."
@@ -237,6 +254,10 @@ def _legend(report: Report) -> str:
         return COUNTERFACT_LEGEND + COSTS_LEGEND
     if ZSRE.score in metrics:
         return ZSRE_LEGEND + COSTS_LEGEND
+    if any("/mquake_" in metric for metric in metrics):
+        return MQUAKE_LEGEND
+    if any("/dune_" in metric for metric in metrics):
+        return DUNE_LEGEND
     return LEGEND + (EXACT_LEGEND if any(metric.endswith("/exact_match") for metric in metrics) else "")
 
 

@@ -15,7 +15,7 @@ from modules.editor import Edited, Editor
 from modules.evaluation import Answers, Evaluation, questions
 from modules.modes import Checkpoint, consecutive
 from trainers.benchmark.grid import Cell
-from trainers.evaluation_run import judge_of
+from trainers.protocols import Demonstrations, judge_of
 
 Progress = Callable[[int], None]
 NEW_TOKENS = 16  # of an answer that is kept for reading
@@ -42,7 +42,7 @@ def run_cell(
 
     Args:
         originals: the unedited model's answers, which other cells have use of too.
-        options: protocol, exact_match, batch_size, seed.
+        options: protocol, exact_match, demonstrations, batch_size, seed.
         shown: of so many records, generated answers are kept.
         tell: called with the number of records done since the last call.
 
@@ -80,7 +80,8 @@ def _at_once(
     def look(edited: Edited, records: Sequence[EditRecord]) -> None:
         _read(edited, [r for r in records if r.id in wanted], after)
 
-    judge = judge_of(options["protocol"], originals, options["exact_match"])[1]
+    demonstrations = Demonstrations(**options["demonstrations"])
+    judge = judge_of(options["protocol"], originals, options["exact_match"], demonstrations=demonstrations)[1]
     size = 1 if cell.mode == "single" else len(cell.records)
     evaluation = judge(
         editor,

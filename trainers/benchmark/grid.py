@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from datamodules.records import EditRecord
 from datamodules.sources import Source
-from trainers.evaluation_run import Protocol
+from trainers.protocols import Demonstrations, Protocol
 
 Mode = Literal["single", "batch", "sequential", "consecutive"]
 
@@ -24,12 +24,14 @@ class GridDataset:
         protocol: as `--protocol` of trainers.evaluate.
         exact_match: of the default protocol: also generate and compare whole answers.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
+        demonstrations: of the protocol mquake.
     """
 
     data: list[Source]
     protocol: Protocol = "default"
     exact_match: bool = False
     queries_per_kind: int | None = None
+    demonstrations: Demonstrations = field(default_factory=Demonstrations)
 
 
 @dataclass

@@ -33,7 +33,8 @@ from trainers.benchmark.figures import write_figures
 from trainers.benchmark.grid import Benchmark, Cell, GridDataset, spans
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
-from trainers.evaluation_run import check_records, drawn
+from trainers.evaluation_run import drawn, meeting_conditions
+from trainers.protocols import check_records
 from trainers.report import command_line, write_json
 from trainers.workers import Specs, built, nth_device, prepare
 
@@ -105,6 +106,7 @@ def plan(
             )
         records = drawn(every.records, len(every), benchmark.most(), seed, dataset.queries_per_kind)
         check_records(dataset.protocol, records)
+        records = meeting_conditions(backbone, records, batch_size)
         about = {"seed": seed, "batch_size": batch_size, "weights": weights, **_judged(dataset)}
         for run in benchmark.runs:
             if run.mode in ("sequential", "consecutive") and dataset.protocol != "default":
@@ -119,7 +121,11 @@ def plan(
 
 
 def _judged(dataset: GridDataset) -> dict[str, Any]:
-    return {"protocol": dataset.protocol, "exact_match": dataset.exact_match}
+    return {
+        "protocol": dataset.protocol,
+        "exact_match": dataset.exact_match,
+        "demonstrations": asdict(dataset.demonstrations),
+    }
 
 
 def _results(
