@@ -111,16 +111,18 @@ class _Asking:
         """Make one editor's models that have tasks left, and ask them."""
         name = chosen.editor.name
         states = {s.edits: s for s in self.cells.states if s.editor == name and self.cells.left(s)}
-        self.shown.update(self.line, description=f"{name}: editing")
-        try:
-            with closing(edited_models(chosen.editor, backbone, records, list(states), batch)) as models:
-                for count, edited, seconds in models:
-                    self.ask(edited, states[count], seconds)
-                    self.shown.update(self.line, description=f"{name}: editing")
-        except Exception as error:
-            for state in states.values():
-                self._failed(state, self.cells.left(state), error)
-            write_json(self.out, self.cells.report)
+        counts = list(states)
+        for some in [[c] for c in counts] if batch is None else [counts]:  # one call each: the others may still succeed
+            self.shown.update(self.line, description=f"{name}: editing")
+            try:
+                with closing(edited_models(chosen.editor, backbone, records, some, batch)) as models:
+                    for count, edited, seconds in models:
+                        self.ask(edited, states[count], seconds)
+                        self.shown.update(self.line, description=f"{name}: editing")
+            except Exception as error:
+                for state in (states[count] for count in some):
+                    self._failed(state, self.cells.left(state), error)
+                write_json(self.out, self.cells.report)
 
     def _advance(self, count: int) -> None:
         self.shown.advance(self.line, count)

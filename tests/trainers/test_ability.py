@@ -142,6 +142,24 @@ def test_a_failure_is_marked_and_tried_again(backbone: Backbone, records: list[E
     assert Nudge.calls == [1, 3]  # made of other arguments
 
 
+def test_each_number_of_edits_is_tried_where_each_is_a_call(
+    backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Nudge.terms
+
+    def terms(self: Any, backbone: Any, requests: Any, old: Any) -> Any:
+        if len(requests) == 1:
+            raise ValueError("not one")
+        return plain(self, backbone, requests, old)
+
+    monkeypatch.setattr(Nudge, "terms", terms)
+    cells = run(backbone, records, folder / "a.json", counts=[1, 3])[0]["cells"]["nudge"]
+    assert cells["1"]["sst2"] == {"error": "ValueError: not one"}
+    assert "metrics" in cells["3"]["sst2"]
+    cells = run(backbone, records, folder / "b.json", counts=[1, 3], batch=1)[0]["cells"]["nudge"]
+    assert cells["1"]["sst2"] == cells["3"]["sst2"] == {"error": "ValueError: not one"}
+
+
 def test_a_task_that_fails_does_not_end_the_others(
     backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
