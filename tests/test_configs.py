@@ -1,5 +1,7 @@
 """Every file in configs/ parses into what it configures; no model is loaded."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import yaml
 
 from trainers import command
+from trainers.ability import ability, task
 from trainers.cli import CONFIGS, TrainingCLI
 from trainers.evaluate import evaluate
 
@@ -26,7 +29,7 @@ def base_of(path: Path) -> list[str]:
     return named[: named.index(path.name)] if path.name in named else []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if not p.name.startswith(EVALUATED)], ids=name)
+@pytest.mark.parametrize("path", [p for p in FILES if not p.name.startswith((*EVALUATED, "ability_"))], ids=name)
 def test_training_config(path: Path, tmp_path: Path) -> None:
     given = [f"--config={c}" for c in [*base_of(path), str(path)]]
     cli = TrainingCLI([*given, *HERE, f"--run_dir={tmp_path}"])
@@ -35,15 +38,28 @@ def test_training_config(path: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith(EVALUATED)], ids=name)
-def test_evaluation_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def parsed(function: Callable[..., None], path: Path) -> dict[str, Any]:
+    """What a command would be called with."""
     seen: dict[str, Any] = {}
 
     def stub(**values: Any) -> None:
         seen.update(values)
 
-    stub.__signature__ = __import__("inspect").signature(evaluate)  # type: ignore[attr-defined]
-    stub.__annotations__, stub.__doc__, stub.__name__ = evaluate.__annotations__, evaluate.__doc__, "evaluate"
+    stub.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    stub.__annotations__, stub.__doc__, stub.__name__ = function.__annotations__, function.__doc__, function.__name__
     command.run(stub, [f"--config={path}"])
-    assert seen["data"] or seen["benchmark"].datasets
     assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= seen.keys()
+    return seen
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith(EVALUATED)], ids=name)
+def test_evaluation_config(path: Path) -> None:
+    seen = parsed(evaluate, path)
+    assert seen["data"] or seen["benchmark"].datasets
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith("ability_")], ids=name)
+def test_ability_config(path: Path) -> None:
+    seen = parsed(ability, path)
+    assert seen["data"]
+    assert [task(spec).name for spec in seen["tasks"]] == seen["tasks"]

@@ -1,0 +1,71 @@
+"""Put a task to a model, and compare what two models made of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from modules.ability.task import Example, Task
+from modules.editor import Edited
+from modules.evaluation import now
+from modules.metrics import summarise
+
+
+def measure(
+    edited: Edited,
+    task: Task,
+    examples: Sequence[Example],
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask a model all examples and judge its answers.
+
+    Args:
+        examples: see `modules.ability.task.drawn`.
+        seed: of the bootstrap.
+        progress: called with the number of examples done since the last call.
+
+    Returns:
+        JSON values: `metrics` {metric: {value, ci, records}}, with percentile bootstrap intervals over examples, and
+        `examples`, one each in the order given: id, the right answers, what the model answered, values.
+
+    Raises:
+        ValueError: without examples, or where one does not fit the context window beside the edits.
+    """
+    if not examples:
+        raise ValueError(f"{task.name}: no examples to ask")
+    start = now(edited.backbone)
+    order = sorted(
+        range(len(examples)), key=lambda i: -len(examples[i].prompt)
+    )  # the longest first: what fails, fails soon
+    found: dict[int, dict[str, Any]] = {}
+    for at in range(0, len(order), batch_size):
+        places = order[at : at + batch_size]
+        some = [examples[i] for i in places]
+        for i, example, answer in zip(places, some, task.answers(edited, some, batch_size), strict=True):
+            values = task.judge(example, answer)
+            found[i] = {"id": example.id, "right": list(example.answers), **answer, "values": values}
+        if progress:
+            progress(len(some))
+    each = [found[i] for i in range(len(examples))]
+    return {
+        "metrics": task.aggregate([one["values"] for one in each], seed),
+        "examples": each,
+        "seconds": now(edited.backbone) - start,
+    }
+
+
+def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Metric -> {value, ci, records}: the mean difference of two results of `measure` on the same examples.
+
+    The interval is the bootstrap of each example's own difference, so it is narrower than those of the two means.
+
+    Raises:
+        ValueError: where the examples are not the same.
+    """
+    if [e["id"] for e in before["examples"]] != [e["id"] for e in after["examples"]]:
+        raise ValueError("a change needs two results on the same examples")
+    differences = [
+        {"post": {m: a["values"][m] - b["values"][m] for m in a["values"] if m in b["values"]}}
+        for b, a in zip(before["examples"], after["examples"], strict=True)
+    ]
+    return summarise(differences, seed, values=lambda post: post)

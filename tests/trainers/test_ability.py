@@ -1,0 +1,266 @@
+"""General ability by the command: cells, changes, what a later call keeps, and what fails."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deltas import Nudge
+from rich.console import Console
+
+from datamodules.records import EditRecord
+from modules.ability.measure import change
+from modules.ability.sst2 import Sst2
+from modules.ability.task import Task
+from modules.backbone import Backbone
+from modules.training_free.icl import InContext, Unedited
+from trainers import ability as ability_command
+from trainers.ability import task
+from trainers.ability_run import run_ability
+from trainers.command import run as command
+from trainers.editors import Chosen
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Data of two tasks where the tasks' defaults look for them; no SAMSum."""
+    monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path / "data"))
+    for name in ("sst2", "nq_open"):
+        (tmp_path / "data" / "general" / name).mkdir(parents=True)
+    rows = "".join(f"film number {i} is {'fine' if i % 3 else 'bad'}\t{int(i % 3 > 0)}\n" for i in range(12))
+    (tmp_path / "data/general/sst2/dev.tsv").write_text("text\tlabel\n" + rows)
+    questions = "\n".join(json.dumps({"question": f"who {i}", "answer": ["me"]}) for i in range(4))
+    (tmp_path / "data/general/nq_open/NQ-open.dev.jsonl").write_text(questions)
+    return tmp_path
+
+
+@pytest.fixture
+def backbone(tiny: Any) -> Backbone:
+    return tiny()
+
+
+def chosen(**changes: Any) -> list[Chosen]:
+    nudge = {"layers": [1, 2], **changes}
+    return [Chosen(Nudge(**nudge), nudge)]
+
+
+def run(backbone: Backbone, records: list[EditRecord], out: Path, **given: Any) -> tuple[dict[str, Any], str]:
+    screen = StringIO()
+    options: dict[str, Any] = {"tasks": [task("sst2")], "editors": chosen(), "counts": [0, 1, 3], "batch": None}
+    report = run_ability(
+        **(options | {"backbone": backbone, "records": records[:3], "examples": 8, "out": out} | given),
+        console=Console(file=screen, width=120),
+    )
+    assert json.loads(out.read_text()) == report
+    return report, screen.getvalue()
+
+
+def test_file_and_table(backbone: Backbone, records: list[EditRecord], folder: Path) -> None:
+    tasks: list[Task] = [task("sst2"), task("samsum"), task("nq_open", released=True)]
+    report, screen = run(backbone, records, folder / "a.json", tasks=tasks)
+    assert {e: list(by) for e, by in report["cells"].items()} == {"unedited": ["0"], "nudge": ["1", "3"]}
+    before, after = report["cells"]["unedited"]["0"], report["cells"]["nudge"]["3"]
+    assert list(before) == ["sst2", "nq_open"]
+    assert [e["id"] for e in before["sst2"]["examples"]] == [e["id"] for e in after["sst2"]["examples"]]
+    assert len(before["sst2"]["examples"]) == 8
+    assert before["sst2"]["examples"] != after["sst2"]["examples"]  # such edits are not harmless
+    assert after["sst2"]["change"] == change(before["sst2"], after["sst2"], seed=0)
+    assert "change" not in before["sst2"]
+    assert after["sst2"]["edit_seconds"] > 0
+    value = after["sst2"]["metrics"]["sst2/accuracy"]
+    assert value["value"] == sum(e["values"]["sst2/accuracy"] for e in after["sst2"]["examples"]) / 8
+    meta = report["meta"]
+    assert meta["edited_after"] == [0, 1, 3]
+    assert meta["mode"] == "batch"
+    assert set(meta["protocols"]) == {"sst2/accuracy", *task("nq_open", released=True).protocols}
+    assert "test-summarization" in meta["left_out"]["samsum"]
+    assert "left out: samsum, no file general/restricted_licence" in screen
+    table = (folder / "a.md").read_text().splitlines()
+    assert table[0] == "| Editor | Edits | sst2 | nq_open |"
+    low, high = (f"{100 * end:.1f}" for end in value["ci"])
+    assert table[4].startswith(f"| nudge | 3 | {100 * value['value']:.1f} [{low}, {high}] (")
+    assert any(line.startswith("Left out: samsum") for line in table)
+    assert "nudge" in screen
+
+
+def test_a_later_call_keeps_what_is_made_of_the_same(
+    backbone: Backbone, records: list[EditRecord], folder: Path
+) -> None:
+    out = folder / "a.json"
+    first, _ = run(backbone, records, out)
+    Nudge.calls.clear()
+    again, screen = run(backbone, records, out)
+    assert again["cells"] == first["cells"]
+    assert Nudge.calls == []
+    assert "3 results" in screen
+    run(backbone, records, out, counts=[0, 1, 2, 3])  # one more
+    assert Nudge.calls == [2]
+    more, _ = run(backbone, records, out, tasks=[task("sst2"), task("nq_open")])  # another task at all of them
+    assert Nudge.calls == [2, 1, 3]
+    assert more["cells"]["nudge"]["3"]["sst2"] == first["cells"]["nudge"]["3"]["sst2"]
+    run(backbone, [records[1], *records], out)  # the first record is another one
+    assert Nudge.calls == [2, 1, 3, 1, 3]
+    run(backbone, [records[1], *records], out, editors=chosen(layers=[2]))
+    assert Nudge.calls[5:] == [1, 3]
+    run(backbone, [records[1], *records], out, editors=chosen(layers=[2]), examples=7)
+    assert Nudge.calls[7:] == [1, 3]
+    backbone.model.get_input_embeddings().weight.data[5] += 1
+    _, screen = run(backbone, [records[1], *records], out, editors=chosen(layers=[2]), examples=7)
+    assert "kept" not in screen
+    out.write_text("[]")
+    run(backbone, records, out)  # a file of another kind is written over
+
+
+def test_batch_after_batch_starts_from_the_first_where_one_is_missing(
+    backbone: Backbone, records: list[EditRecord], folder: Path
+) -> None:
+    out = folder / "a.json"
+    Nudge.calls.clear()
+    report, _ = run(backbone, records, out, batch=1)
+    assert Nudge.calls == [1, 1, 1]
+    assert report["meta"]["mode"] == "sequential"
+    run(backbone, records, out, batch=1, counts=[0, 1, 2])
+    assert Nudge.calls[3:] == [1, 1]
+    run(backbone, records, out, batch=None, counts=[0, 1])  # not the same as one by one
+    assert Nudge.calls[5:] == [1]
+
+
+def test_a_failure_is_marked_and_tried_again(backbone: Backbone, records: list[EditRecord], folder: Path) -> None:
+    out = folder / "a.json"
+    report, screen = run(backbone, records, out, editors=[*chosen(fails_after=1), Chosen(InContext(), {})])
+    assert report["cells"]["nudge"]["3"]["sst2"] == {"error": "ValueError: at most 1 edits"}
+    assert "metrics" in report["cells"]["nudge"]["1"]["sst2"]
+    assert "metrics" in report["cells"]["icl"]["3"]["sst2"]  # others go on
+    assert "nudge failed after 3 edits on sst2: ValueError: at most 1 edits" in screen
+    assert "| nudge | 3 | failed |" in (folder / "a.md").read_text()
+    Nudge.calls.clear()
+    run(backbone, records, out, editors=chosen(fails_after=1))
+    assert Nudge.calls == []  # tried, and failed again; what was done is kept
+    _, screen = run(backbone, records, out)
+    assert Nudge.calls == [1, 3]  # made of other arguments
+
+
+def test_each_number_of_edits_is_tried_where_each_is_a_call(
+    backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Nudge.terms
+
+    def terms(self: Any, backbone: Any, requests: Any, old: Any) -> Any:
+        if len(requests) == 1:
+            raise ValueError("not one")
+        return plain(self, backbone, requests, old)
+
+    monkeypatch.setattr(Nudge, "terms", terms)
+    cells = run(backbone, records, folder / "a.json", counts=[1, 3])[0]["cells"]["nudge"]
+    assert cells["1"]["sst2"] == {"error": "ValueError: not one"}
+    assert "metrics" in cells["3"]["sst2"]
+    cells = run(backbone, records, folder / "b.json", counts=[1, 3], batch=1)[0]["cells"]["nudge"]
+    assert cells["1"]["sst2"] == cells["3"]["sst2"] == {"error": "ValueError: not one"}
+
+
+def test_a_task_that_fails_does_not_end_the_others(
+    backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Sst2.judge
+
+    def judge(self: Sst2, example: Any, answer: Any) -> Any:
+        if len(told) == 8:  # after the unedited model's
+            raise ValueError("too long")
+        told.append(0)
+        return plain(self, example, answer)
+
+    told: list[int] = []
+    monkeypatch.setattr(Sst2, "judge", judge)
+    report, _ = run(backbone, records, folder / "a.json", counts=[0, 1], tasks=[task("sst2"), task("nq_open")])
+    assert report["cells"]["nudge"]["1"]["sst2"] == {"error": "ValueError: too long"}
+    assert "metrics" in report["cells"]["nudge"]["1"]["nq_open"]
+
+
+def test_a_stopped_run_goes_on(
+    backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = folder / "a.json", Nudge.terms
+
+    def terms(self: Any, backbone: Any, requests: Any, old: Any) -> Any:
+        if len(requests) == 3:
+            raise KeyboardInterrupt
+        return plain(self, backbone, requests, old)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Nudge, "terms", terms)
+        with pytest.raises(KeyboardInterrupt):
+            run(backbone, records, out)
+    assert {e: list(by) for e, by in json.loads(out.read_text())["cells"].items()} == {
+        "unedited": ["0"],
+        "nudge": ["1"],
+    }
+    Nudge.calls.clear()
+    report, _ = run(backbone, records, out)
+    assert Nudge.calls == [3]
+    assert all("change" in by["sst2"] for by in report["cells"]["nudge"].values())
+
+
+def test_what_cannot_be_asked_is_refused(backbone: Backbone, records: list[EditRecord], folder: Path) -> None:
+    out = folder / "a.json"
+    with pytest.raises(ValueError, match="unedited is 0 edits"):
+        run(backbone, records, out, editors=[Chosen(Unedited(), {})])
+    with pytest.raises(ValueError, match="editors need different names"):
+        run(backbone, records, out, editors=chosen() * 2)
+    with pytest.raises(ValueError, match="tasks need different names"):
+        run(backbone, records, out, tasks=[task("sst2"), task("sst2")])
+    with pytest.raises(ValueError, match=r"none of the tasks has its file: no file .*samsum"):
+        run(backbone, records, out, tasks=[task("samsum")])
+    assert not out.exists()
+
+
+def test_tasks_by_name_and_with_changes() -> None:
+    assert vars(task({"task": "mmlu", "shots": 0, "subjects": ["law"]}, released=True)) == {
+        "path": "general/mmlu",
+        "shots": 0,
+        "subjects": ["law"],
+    }
+    assert vars(task("rte", released=True))["released"]
+    with pytest.raises(ValueError, match=r"no task 'cola'; there are: rte, nq_open"):
+        task("cola")
+    with pytest.raises(ValueError, match=r"--tasks mmlu: .*shots"):
+        task({"task": "mmlu", "shots": "many"})
+    with pytest.raises(ValueError, match=r"--tasks rte: .*shots"):
+        task({"task": "rte", "shots": 1})
+
+
+def arguments(folder: Path) -> list[str]:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = json.dumps({"source": "random:llama", "overrides": shape})
+    data = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
+    return [f"--backbone={backbone}", f"--data={data}", "--examples=5", f"--out={folder / 'a.json'}"]
+
+
+def test_the_command(folder: Path) -> None:
+    nudge = folder / "nudge.yaml"
+    nudge.write_text(yaml.safe_dump({"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}))
+    given = [*arguments(folder), "--tasks", "sst2", "--tasks", "nq_open"]
+    Nudge.calls.clear()
+    command(ability_command.ability, [*given, "--editor", str(nudge), "--edits", "0,2"])
+    first = json.loads((folder / "a.json").read_text())
+    assert Nudge.calls == [2]
+    assert set(first["cells"]["nudge"]["2"]) == {"sst2", "nq_open"}
+    # more edits: the first two of them are the same records, so only the new number is edited
+    command(ability_command.ability, [*given, "--editor", str(nudge), "--edits", "0,2,4"])
+    assert Nudge.calls == [2, 4]
+    assert json.loads((folder / "a.json").read_text())["cells"]["nudge"]["2"] == first["cells"]["nudge"]["2"]
+
+
+def test_the_command_refuses_what_does_not_go_together(folder: Path) -> None:
+    given = arguments(folder)
+    for more, message in (
+        (["--edits", "0,2"], "give --editor"),
+        (["--edits", "0", "--editor", "memit"], "do not go together"),
+        (["--edits", "-1", "--editor", "memit"], "0 or more"),
+        (["--edits", "7", "--editor", "ft_m"], "only 6 records"),
+        (["--edits", "0", "--tasks", "cola"], "no task 'cola'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            command(ability_command.ability, [*given, *more])
+    assert not (folder / "a.json").exists()
