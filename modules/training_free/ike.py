@@ -31,7 +31,7 @@ class IKE(PromptEditor):
         seed: draws that order, and which rephrase or neighbour of a record is shown.
     """
 
-    demonstrations: list[Source] = field(default_factory=lambda: [Source("facts")])
+    demonstrations: list[Source] = field(default_factory=lambda: [Source("facts", sample=1000)])
     copy: int = 4
     update: int = 12
     retain: int = 16

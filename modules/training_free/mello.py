@@ -79,8 +79,9 @@ Generated answer: The sport that Lionel Messi played is football.
 class MeLLo(MemoryEditor):
     """Questions answered hop by hop, each hop checked against the memory.
 
-    Generation gives the final answer, or nothing where the model writes none, as published. A teacher-forced score is of
-    the target after the worked-through question and "Final answer:". A prompt that is no question is asked like one.
+    Generation gives the final answer, or nothing where the model writes none, as published. A teacher-forced score is
+    that of the target after the worked-through question and "Final answer:". A prompt that is no question is asked like
+    one.
 
     Args:
         hops: subquestions of a question, at most.
@@ -116,9 +117,7 @@ class MeLLo(MemoryEditor):
             raise ValueError(f"mello: prompt_file {self.prompt_file} cannot be read: {error}") from error
         missing = [mark for mark in (QUESTION, SUBQUESTION, FACT, FINAL) if mark not in text]
         if missing:
-            raise ValueError(
-                f"mello: prompt_file {self.prompt_file} has no {missing[0]!r}; write it as SHOTS here"
-            )
+            raise ValueError(f"mello: prompt_file {self.prompt_file} has no {missing[0]!r}; write it as SHOTS here")
         return text
 
     def unedited(self, backbone: Backbone) -> "Worked":

@@ -32,7 +32,7 @@ class MIKE(PromptEditor):
         seed: draws the rephrases that are shown.
     """
 
-    demonstrations: list[Source] = field(default_factory=lambda: [Source("facts")])
+    demonstrations: list[Source] = field(default_factory=lambda: [Source("facts", sample=1000)])
     k: int = 12
     scope_aware: bool = True
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
