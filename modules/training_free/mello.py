@@ -243,6 +243,8 @@ class Worked(Remembering):
         going = list(range(len(traces)))
         for _ in range(0, self.editor.hop_tokens, STEP):
             going = [i for i in going if self._fits(traces[i].text + pieces[i], STEP + ROOM)]
+            if not going:
+                break
             new = super().generate([traces[i].text + pieces[i] for i in going], STEP, batch_size)
             for i, more in zip(going, new, strict=True):
                 pieces[i] += more

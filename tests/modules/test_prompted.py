@@ -147,9 +147,10 @@ def test_the_farthest_parts_go_where_the_window_is_short(tiny: Callable[..., Bac
     for window, parts in ((140, "abc"), (108, "abc"), (107, "bc"), (88, "bc"), (87, "c"), (67, ""), (40, "")):
         edited = told(tiny(max_position_embeddings=window), {prompt: context})
         assert edited.contexts([prompt]) == ["".join(part * 20 for part in parts) + last]
-        assert edited.contexts([prompt], room=0)[0] == "".join(
-            part * 20 for part in ("abc" if window >= 76 else "bc" if window >= 56 else "c")
-        ) + last
+        assert (
+            edited.contexts([prompt], room=0)[0]
+            == "".join(part * 20 for part in ("abc" if window >= 76 else "bc" if window >= 56 else "c")) + last
+        )
     edited = told(tiny(max_position_embeddings=107), {prompt: context})
     (score,) = edited.score([prompt], ["t" * 60])
     row = encode(edited.backbone.tokenizer, prompt, "t" * 60, "c" * 20 + last)

@@ -22,7 +22,11 @@ ROME = EditRequest("Rome is in", "Peru", "Rome")
 @pytest.fixture
 def mike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MIKE:
     monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path))
-    records = [training_edit("Gold", "costs", "ten"), training_edit("Oslo", target="Chad"), training_edit("Rome", target="Japan")]
+    records = [
+        training_edit("Gold", "costs", "ten"),
+        training_edit("Oslo", target="Chad"),
+        training_edit("Rome", target="Japan"),
+    ]
     return made(written(tmp_path / "train.jsonl", records), k=2)
 
 
