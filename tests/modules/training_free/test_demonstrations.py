@@ -95,7 +95,7 @@ def test_only_records_of_one_edit_with_what_is_needed(tmp_path: Path) -> None:
     records = [training_edit("A", requests=two), training_edit("B", rephrases=()), training_edit("C", locality={})]
     assert len(corpus(tmp_path, *records, training_edit("D"))) == 2
     assert len(corpus(tmp_path, *records, training_edit("D"), kinds=("copy", "retain"))) == 2
-    with pytest.raises(ValueError, match="no record .*records .*train.jsonl.* rephrases and locality queries"):
+    with pytest.raises(ValueError, match=r"no record .*records .*train.jsonl.* rephrases and locality queries"):
         corpus(tmp_path, *records, kinds=("update", "retain", "update"))
 
 
@@ -130,5 +130,5 @@ def test_vectors_are_made_once_and_kept(cache: Path) -> None:
     assert len(files) == 3
     for file in files:
         file.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="cannot be read.*remove it"):
+    with pytest.raises(ValueError, match=r"cannot be read.*remove it"):
         encoded(encoder, texts, "things")

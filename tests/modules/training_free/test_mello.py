@@ -46,7 +46,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]]
         def more(text: str, length: int) -> str:
             head, _, rest = text.partition("\n")
             hops = scripts[head.removeprefix(f"{QUESTION} ")]
-            known, fact, piece = rest.rpartition(FACT)
+            _, fact, piece = rest.rpartition(FACT)
             piece = piece.partition("\n")[2] if fact else piece
             hop = rest.count(FACT)
             script = hops[hop] if hop < len(hops) else ""
@@ -137,7 +137,7 @@ def test_a_question_that_fills_the_window_ends_there(mello: MeLLo, tiny, scripte
     assert edited.score([ASKED], ["Oslo"])
     with pytest.raises(ValueError, match="too long for the context window"):
         edited.work(["a" * 500])
-    with pytest.raises(ValueError, match="mello: the examples have .* tokens and the context window 512"):
+    with pytest.raises(ValueError, match=r"mello: the examples have .* tokens and the context window 512"):
         mello.unedited(tiny(max_position_embeddings=512))
 
 
@@ -155,7 +155,7 @@ def test_examples_from_a_file(mello: MeLLo, large: Backbone, tmp_path: Path) -> 
     mello.prompt_file = str(file)
     assert worked(mello, large).context == file.read_text() + "\n"
     file.write_text("Question: a\nSubquestion: b\nFinal answer: c", encoding="utf-8")
-    with pytest.raises(ValueError, match="prompt.txt has no 'Retrieved fact:'"):
+    with pytest.raises(ValueError, match=r"prompt.txt has no 'Retrieved fact:'"):
         mello.unedited(large)
     mello.prompt_file = str(tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match=r"nowhere.txt cannot be read"):

@@ -48,7 +48,7 @@ def test_the_four_cases_of_retrieval(mike: MIKE, tiny) -> None:
         return [text and text.split("New Fact: ")[-1] for text in found]
 
     copies = {
-        edit: "{0}\nPrompt: {0}\n\nPrompt: ".format(text)
+        edit: f"{text}\nPrompt: {text}\n\nPrompt: "
         for edit, text in ((LYON, "Lyon is in Japan"), (MAYOR, "The mayor of Lyon is Ada"), (ROME, "Rome is in Peru"))
     }
     assert told("Lyon is in", "The mayor of Lyon is") == [copies[LYON], copies[MAYOR]]  # exact
@@ -144,7 +144,7 @@ def test_out_of_scope_is_bit_for_bit_the_unedited_model(mike: MIKE, tiny, record
 
 def test_edits_that_no_query_would_find_are_refused(mike: MIKE, tiny) -> None:
     for wrong in (EditRequest(text="Lyon has moved."), EditRequest("Lyon is in", "Japan")):
-        with pytest.raises(ValueError, match="mike .*(free text|subject)"), mike.edit(tiny(), [LYON, wrong]):
+        with pytest.raises(ValueError, match=r"mike .*(free text|subject)"), mike.edit(tiny(), [LYON, wrong]):
             pass
 
 

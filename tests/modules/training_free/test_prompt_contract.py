@@ -1,4 +1,4 @@
-"""What holds of every editor that keeps its edits in a memory: nothing is changed, state, consecutive edits, removal."""
+"""What holds of every editor that keeps its edits in a memory: nothing is changed, state, further edits, removal."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,11 @@ from bag_of_words import BagOfWords, training_edit, written
 from torch import Tensor, nn
 
 from datamodules.records import EditRecord, EditRequest
-from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore
 from modules.evaluation import evaluate
 from modules.modes import consecutive
 from modules.remembering import MemoryEditor
-from modules.training_free import IKE, MIKE, RAG, FTL, MeLLo
+from modules.training_free import FTL, IKE, MIKE, RAG, MeLLo
 from modules.training_free.mello import FACT, FINAL, QUESTION
 
 NAMES = ["mike", "ike", "rag", "mello"]
