@@ -2,6 +2,7 @@
 
 from modules.memory.edit_memory import EditMemory
 from modules.memory.encoder import Encoder, EncoderConfig, SentenceEncoder
+from modules.memory.files import Entry
 from modules.memory.retrieval import Retrieved, retrieve
 
-__all__ = ["EditMemory", "Encoder", "EncoderConfig", "Retrieved", "SentenceEncoder", "retrieve"]
+__all__ = ["EditMemory", "Encoder", "EncoderConfig", "Entry", "Retrieved", "SentenceEncoder", "retrieve"]

@@ -6,22 +6,25 @@
 
 An edit is known by its prompt, which names subject and relation (by its text where it has no prompt): a later edit of
 the same prompt takes the earlier one's place. Finding edits by prompt or subject needs no encoder. Statements are
-encoded when nearness is first asked for, and only those that are to be compared.
+encoded when nearness is first asked for, and only those that are compared.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from datamodules.records import EditRequest
+from modules.memory import files
 from modules.memory.encoder import Encoder
-from modules.memory.phrases import PhraseIndex, Words
-from modules.memory.vectors import Vectors, best
-from modules.memory.words import folded, words
+from modules.memory.files import Entry
+from modules.memory.retrieval import retrieve
+from modules.memory.subjects import SubjectIndex, subject_of
+from modules.memory.vectors import Vectors
+from modules.memory.words import Words, fold, words
 
 Key = tuple[str, Words]
-Found = tuple[EditRequest, float]
 
 
 class EditMemory:
@@ -33,55 +36,50 @@ class EditMemory:
 
     def __init__(self, encoder: Encoder | None = None) -> None:
         self.encoder = encoder
-        self._rows: list[EditRequest | None] = []  # None where an edit was removed
+        self._entries: list[Entry | None] = []  # by row; None where an edit was removed
         self._row: dict[Key, int] = {}
-        self._aliases: dict[Key, tuple[str, ...]] = {}  # that an edit brought, by the edit
-        self._phrases = PhraseIndex()  # subjects and aliases, owned by subjects
-        self._of: dict[Words, dict[Key, None]] = {}  # the edits of a subject
+        self._subjects = SubjectIndex[Key]()
         self._vectors: Vectors | None = None
 
     def __len__(self) -> int:
         return len(self._row)
 
     def __contains__(self, request: EditRequest) -> bool:
-        row = self._row.get(_key(request))
-        stored = None if row is None else self._rows[row]
-        return stored is not None and stored.statement == request.statement
+        return self._find(request) is not None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The edits with the aliases that came with each, in the order in which they came."""
+        return tuple(entry for entry in self._entries if entry is not None)
 
     @property
     def requests(self) -> tuple[EditRequest, ...]:
         """The edits, in the order in which they came."""
-        return tuple(request for request in self._rows if request is not None)
+        return tuple(entry.request for entry in self.entries)
 
-    @property
-    def aliases(self) -> dict[str, tuple[str, ...]]:
-        """Other names of subjects, by the subject as its edits write it."""
-        found: dict[str, dict[str, None]] = {}
-        for request in self.requests:
-            if request.subject and self._aliases.get(_key(request)):
-                found.setdefault(request.subject, {}).update(dict.fromkeys(self._aliases[_key(request)]))
-        return {subject: tuple(names) for subject, names in found.items()}
+    def vectors(self) -> Tensor:
+        """Of all statements, [edits, d] in the order of `requests`; those that are not known yet are encoded.
+
+        Raises:
+            ValueError: without an encoder.
+        """
+        return self._encoded().table[torch.tensor(sorted(self._row.values()), dtype=torch.long)]
 
     def add(self, requests: Sequence[EditRequest], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
-        """Add edits. One whose statement is there already adds nothing; one whose prompt is there, with another target,
-        takes that edit's place.
+        """Add edits. One whose statement is there already adds nothing new; one whose prompt is there with another
+        target takes that edit's place.
 
         Args:
-            aliases: other names by subject. They live as long as the edits that came with them.
+            aliases: other names by subject. They live as long as the edits they came with.
 
         Raises:
             ValueError: for aliases of a subject that none of these edits has, or an alias without a word.
         """
-        names = {_subject(subject): tuple(others) for subject, others in (aliases or {}).items()}
-        own = {_subject(request.subject) for request in requests}
-        for subject, others in (aliases or {}).items():
-            if _subject(subject) not in own or not _subject(subject):
-                raise ValueError(f"aliases of {subject!r}: none of the edits that are added has that subject")
-            empty = [name for name in others if not words(name)]
-            if empty:
-                raise ValueError(f"aliases of {subject!r}: {empty[0]!r} holds no word")
+        others = {subject_of(subject): tuple(names) for subject, names in (aliases or {}).items()}
+        if aliases:
+            self._check(aliases, {subject_of(request.subject) for request in requests})
         for request in requests:
-            self._add(request, names.get(_subject(request.subject), ()))
+            self._add(request, others.get(subject_of(request.subject), ()) if others else ())
 
     def remove(self, requests: Sequence[EditRequest]) -> None:
         """Remove edits; a subject goes with its last edit. What an edit had replaced does not come back.
@@ -89,38 +87,34 @@ class EditMemory:
         Raises:
             ValueError: for an edit that is not in the memory, before any is removed.
         """
-        for request in requests:
-            if request not in self:
-                raise ValueError(f"not in the memory, so it cannot be removed: {request.statement!r}")
-        for key in dict.fromkeys(map(_key, requests)):
-            self._remove(key)
-        if len(self._rows) > 2 * len(self) + 64:
+        rows = [self._row_of(request) for request in requests]
+        for row in dict.fromkeys(rows):
+            self._remove(row)
+        if len(self._entries) > 2 * len(self) + 64:
             self._close_gaps()
 
     def exact(self, query: str) -> EditRequest | None:
         """The edit whose subject and relation the query has: its prompt, but for case, white space and a last full
         stop, colon or question mark, and with an alias in the subject's place. None for edits without a subject."""
         text = words(query)
-        found = self._with_subject(_prompt_key(text))
-        if found:
-            return found
-        for span in self._phrases.find(text):
-            for subject in span.owners:
-                found = self._with_subject(_prompt_key([*text[: span.start], *subject, *text[span.stop :]]))  # type: ignore[misc]
-                if found:
-                    return found
+        spans = self._subjects.spans(text)
+        named = [(*text[: span.start], *subject, *text[span.stop :]) for span in spans for subject in span.owners]
+        for prompt in (text, *named):
+            row = self._row.get(_prompt_key(prompt))
+            entry = None if row is None else self._entries[row]
+            if entry and subject_of(entry.request.subject):
+                return entry.request
         return None
 
     def of_subject(self, query: str) -> tuple[EditRequest, ...]:
         """The edits whose subject, or an alias of it, stands in the query in whole words, in the order in which they
-        came. Where subjects overlap, the longest wins. See `modules.memory.words` for what is a word."""
-        subjects = {subject for span in self._phrases.find(words(query)) for subject in span.owners}
-        rows = sorted({self._row[key] for subject in subjects for key in self._of[subject]})  # type: ignore[index]
-        return tuple(request for row in rows if (request := self._rows[row]) is not None)
+        came. Where subjects overlap, the longest wins. See `words` and `phrases` for what counts as the same."""
+        rows = sorted(self._row[key] for key in self._subjects.edits(words(query)))
+        return tuple(entry.request for row in rows if (entry := self._entries[row]))
 
     def nearest(
         self, queries: Sequence[str], k: int, among: Sequence[Sequence[EditRequest]] | None = None
-    ) -> list[list[Found]]:
+    ) -> list[list[tuple[EditRequest, float]]]:
         """The k edits whose statements are nearest to each query, best first, with their cosines; of equal ones the
         earlier. Fewer where there are fewer.
 
@@ -130,38 +124,37 @@ class EditMemory:
         Raises:
             ValueError: without an encoder, for k below 1, or for an edit to compare that is not in the memory.
         """
-        if self.encoder is None:
-            raise ValueError("this memory has no encoder, so it cannot tell what is near; give EditMemory(encoder)")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if not queries:
-            return []
         if among is None:
-            vectors = self._encoded([row for row, request in enumerate(self._rows) if request is not None])
-            rows = [(found.rows, found.cosines) for found in vectors.nearest(self.encoder(queries), k)]
+            found = self._encoded().nearest(self._encode(queries), k)
         else:
             each = [sorted({self._row_of(request) for request in some}) for some in among]
-            vectors = self._encoded(sorted({row for some in each for row in some}))
-            rows = []
-            for query, some in zip(self.encoder(queries), each, strict=True):
-                found = best(vectors.table[torch.tensor(some, dtype=torch.long)] @ query, k)
-                rows.append(([some[i] for i in found.rows], found.cosines))
+            vectors = self._encoded(sorted({row for rows in each for row in rows}))
+            asked = zip(self._encode(queries), each, strict=True)
+            found = [vectors.nearest_among(query, k, rows) for query, rows in asked]
         return [
-            [(request, cosine) for row, cosine in zip(*one, strict=True) if (request := self._rows[row]) is not None]
-            for one in rows
+            [(entry.request, cosine) for row, cosine in zip(*near, strict=True) if (entry := self._entries[row])]
+            for near in found
         ]
 
     def retrieve(self, query: str) -> EditRequest | None:
         """DistillMIKE's Ret(q) of one query; `modules.memory.retrieve` answers many at once and names the case."""
-        from modules.memory.retrieval import retrieve
-
         return retrieve(self, [query])[0].request
 
-    def save(self, folder: Path) -> None:
-        """Write memory.json and memory.safetensors to a folder: edits, aliases and all vectors."""
-        from modules.memory.files import save
+    def copy(self) -> "EditMemory":
+        """A memory of its own with the same edits, vectors and encoder."""
+        other = EditMemory(self.encoder)
+        other._entries, other._row = list(self._entries), dict(self._row)
+        other._subjects = self._subjects.copy()
+        other._vectors = self._vectors.copy() if self._vectors else None
+        return other
 
-        save(self, folder)
+    def save(self, folder: Path) -> None:
+        """Write memory.json and memory.safetensors to a folder: edits and aliases, and the vectors of all statements.
+        Without an encoder there are no vectors."""
+        vectors = self.vectors() if self.encoder else None
+        files.save(folder, files.Saved(list(self.entries), self.encoder.name if self.encoder else None, vectors))
 
     @classmethod
     def load(cls, folder: Path, encoder: Encoder | None = None) -> "EditMemory":
@@ -170,101 +163,105 @@ class EditMemory:
         Raises:
             ValueError: for a missing or damaged file, or vectors of another encoder.
         """
-        from modules.memory.files import load
-
-        return load(cls, folder, encoder)
+        saved = files.load(folder)
+        if encoder and saved.encoder not in (None, encoder.name):
+            raise ValueError(
+                f"{folder} holds vectors of the encoder {saved.encoder!r}, not of {encoder.name!r}; give that encoder"
+            )
+        memory = cls(encoder)
+        for entry in saved.entries:
+            memory._add(*entry)
+        if len(memory) != len(saved.entries):
+            raise ValueError(f"{folder / 'memory.json'} holds an edit twice; save the memory again")
+        if encoder and saved.vectors is not None:
+            memory._vectors = Vectors(saved.vectors.shape[1])
+            memory._vectors.grow(len(memory))
+            memory._vectors.put(range(len(memory)), saved.vectors)
+        return memory
 
     # ------------------------------------------------------------------ inside
 
+    @staticmethod
+    def _check(aliases: Mapping[str, Sequence[str]], subjects: set[Words]) -> None:
+        for subject, names in aliases.items():
+            if not subject_of(subject) or subject_of(subject) not in subjects:
+                raise ValueError(f"aliases of {subject!r}: none of the edits that are added has that subject")
+            for name in names:
+                if not words(name):
+                    raise ValueError(f"aliases of {subject!r}: {name!r} holds no word")
+
+    def _find(self, request: EditRequest) -> int | None:
+        row = self._row.get(_key(request))
+        entry = None if row is None else self._entries[row]
+        return row if entry and entry.request.statement == request.statement else None
+
+    def _row_of(self, request: EditRequest) -> int:
+        row = self._find(request)
+        if row is None:
+            raise ValueError(f"not in the memory: {request.statement!r}")
+        return row
+
     def _add(self, request: EditRequest, aliases: tuple[str, ...]) -> None:
         key = _key(request)
-        row = self._row.get(key)
-        before = None if row is None else self._rows[row]
+        row = self._row.setdefault(key, len(self._entries))
+        if row == len(self._entries):
+            self._entries.append(None)
+        before = self._entries[row]
         if before is not None:
-            if _subject(before.subject) == _subject(request.subject):
-                aliases = tuple(dict.fromkeys((*self._aliases.get(key, ()), *aliases)))
-            if before.statement == request.statement:  # its vector stays
-                self._forget_subject(key)
-                self._rows[self._row[key]] = request
-                self._note_subject(key, request, aliases)
-                return
-            self._remove(key)
-        self._row[key] = len(self._rows)
-        self._rows.append(request)
-        self._note_subject(key, request, aliases)
+            if subject_of(before.request.subject) == subject_of(request.subject):
+                aliases = tuple(dict.fromkeys((*before.aliases, *aliases)))
+            self._unlink(key, before, forget=before.request.statement != request.statement)
+        self._entries[row] = Entry(request, aliases)
+        self._subjects.add(key, request.subject, aliases)
 
-    def _note_subject(self, key: Key, request: EditRequest, aliases: tuple[str, ...]) -> None:
-        subject = _subject(request.subject)
-        if not subject:
-            return
-        self._of.setdefault(subject, {})[key] = None
-        for phrase in (str(request.subject), *aliases):
-            self._phrases.add(phrase, subject)
-        if aliases:
-            self._aliases[key] = aliases
+    def _remove(self, row: int) -> None:
+        entry = self._entries[row]
+        if entry is not None:
+            key = _key(entry.request)
+            self._unlink(key, entry, forget=True)
+            self._entries[row] = None
+            del self._row[key]
 
-    def _forget_subject(self, key: Key) -> None:
-        request = self._rows[self._row[key]]
-        subject = _subject(request.subject if request else None)
-        if not subject or request is None:
-            return
-        for phrase in (str(request.subject), *self._aliases.pop(key, ())):
-            self._phrases.remove(phrase, subject)
-        del self._of[subject][key]
-        if not self._of[subject]:
-            del self._of[subject]
-
-    def _remove(self, key: Key) -> None:
-        self._forget_subject(key)
-        row = self._row.pop(key)
-        self._rows[row] = None
-        if self._vectors is not None and row < len(self._vectors):
-            self._vectors.forget([row])
+    def _unlink(self, key: Key, entry: Entry, forget: bool) -> None:
+        self._subjects.remove(key, entry.request.subject, entry.aliases)
+        if forget and self._vectors is not None and self._row[key] < len(self._vectors):
+            self._vectors.forget([self._row[key]])
 
     def _close_gaps(self) -> None:
         rows = sorted(self._row.values())
         if self._vectors is not None:
-            self._vectors.grow(len(self._rows))
+            self._vectors.grow(len(self._entries))
             self._vectors.keep(rows)
-        self._rows = [self._rows[row] for row in rows]
+        self._entries = [self._entries[row] for row in rows]
         place = {row: i for i, row in enumerate(rows)}
         self._row = {key: place[row] for key, row in self._row.items()}
 
-    def _with_subject(self, key: Key) -> EditRequest | None:
-        row = self._row.get(key)
-        request = None if row is None else self._rows[row]
-        return request if request is not None and _subject(request.subject) else None
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        if self.encoder is None:
+            raise ValueError("this memory has no encoder, so it cannot tell what is near; give EditMemory(encoder)")
+        return self.encoder(texts)
 
-    def _row_of(self, request: EditRequest) -> int:
-        if request not in self:
-            raise ValueError(f"not in the memory, so it cannot be compared: {request.statement!r}")
-        return self._row[_key(request)]
-
-    def _encoded(self, rows: Sequence[int]) -> Vectors:
-        """The vectors, of these rows at least."""
-        assert self.encoder is not None
+    def _encoded(self, rows: Sequence[int] | None = None) -> Vectors:
+        """The vectors, of these rows at least; by default of all edits."""
         if self._vectors is None:
-            self._vectors = Vectors(self.encoder.width)
-        self._vectors.grow(len(self._rows))
-        known = self._vectors.known.tolist()
-        new = [row for row in rows if not known[row]]
-        if new:
-            self._vectors.put(new, self.encoder([request.statement for row in new if (request := self._rows[row])]))
-        return self._vectors
-
-
-def _subject(name: str | None) -> Words:
-    return tuple(folded(word) for word in words(name or ""))
+            self._vectors = Vectors(self._encode([]).shape[1])
+        vectors = self._vectors
+        vectors.grow(len(self._entries))
+        new = vectors.unknown() if rows is None else [row for row in rows if not vectors.known[row]]
+        statements = {row: entry.request.statement for row in new if (entry := self._entries[row])}
+        if statements:
+            vectors.put(list(statements), self._encode(list(statements.values())))
+        return vectors
 
 
 def _key(request: EditRequest) -> Key:
     if request.prompt.strip():
         return _prompt_key(words(request.prompt))
-    return "text", _subject(request.text)
+    return "text", fold(words(request.text or ""))
 
 
 def _prompt_key(prompt: Sequence[str]) -> Key:
     stop = len(prompt)
-    while stop and prompt[stop - 1] in ".:?":
+    while stop > 1 and prompt[stop - 1] in ".:?":
         stop -= 1
-    return "prompt", tuple(folded(word) for word in prompt[:stop])
+    return "prompt", fold(prompt[:stop])

@@ -87,7 +87,10 @@ class SentenceEncoder:
 
     @property
     def width(self) -> int:
-        return int(self.model.get_embedding_dimension())
+        # renamed in sentence-transformers 6
+        model = self.model
+        named = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+        return int(named())
 
     @cached_property
     def model(self) -> Any:

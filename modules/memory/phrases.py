@@ -2,41 +2,47 @@
 
 A dictionary of phrases by their words, asked only at words that begin one, and only for the lengths that such phrases
 have: the time of a search depends on the text and hardly on the number of phrases.
+
+Case. "Where is lyon?" means Lyon, yet who is with friends is not in *Friends*, and us is not the US. So case makes no
+difference, but for two rules: a phrase with a capital is not found where it has none, in a text that has capitals after
+its first word; and a phrase of up to three letters is found in its own case alone.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-from modules.memory.words import folded, words
+from modules.memory.words import Words, fold, words
 
-Words = tuple[str, ...]
+Owner = TypeVar("Owner", bound=Hashable)
+_SHORT = 3
 
 
-class Span(NamedTuple):
+class Span(NamedTuple, Generic[Owner]):
     """Words `start` to `stop` of a text are a phrase of these owners."""
 
     start: int
     stop: int
-    owners: tuple[Hashable, ...]
+    owners: tuple[Owner, ...]
 
 
 @dataclass
-class PhraseIndex:
+class PhraseIndex(Generic[Owner]):
     """Phrases, each with its owners.
 
     Attributes:
-        owners: of each phrase, by its folded words: how often each owner has it in each case.
+        owners: of each phrase, by its folded words: how often an owner has it, by owner and case.
         lengths: by the first word of a phrase: how many phrases that begin with it have so many words.
     """
 
-    owners: dict[Words, Counter[tuple[Hashable, Words]]] = field(default_factory=dict)
+    owners: dict[Words, Counter[tuple[Owner, Words]]] = field(default_factory=dict)
     lengths: dict[str, Counter[int]] = field(default_factory=dict)
 
-    def add(self, phrase: str, owner: Hashable) -> None:
-        """One more use of a phrase by an owner; a phrase without any word is never found."""
-        case, key = _phrase(phrase)
+    def add(self, phrase: str, owner: Owner) -> None:
+        """One more use of a phrase by an owner. A phrase without any word is never found."""
+        case = words(phrase)
+        key = fold(case)
         if not key:
             return
         if key not in self.owners:
@@ -44,9 +50,10 @@ class PhraseIndex:
             self.lengths.setdefault(key[0], Counter())[len(key)] += 1
         self.owners[key][owner, case] += 1
 
-    def remove(self, phrase: str, owner: Hashable) -> None:
+    def remove(self, phrase: str, owner: Owner) -> None:
         """One use less; after the last one the phrase is gone."""
-        case, key = _phrase(phrase)
+        case = words(phrase)
+        key = fold(case)
         if not key:
             return
         _less(self.owners[key], (owner, case))
@@ -56,42 +63,49 @@ class PhraseIndex:
             if not self.lengths[key[0]]:
                 del self.lengths[key[0]]
 
-    def find(self, text: Sequence[str]) -> list[Span]:
+    def find(self, text: Sequence[str]) -> list[Span[Owner]]:
         """The phrases that stand in a text, given as its words, from left to right.
 
-        Where phrases overlap, the longest wins; all of equally long ones stay.
+        Where phrases overlap, the longest in letters wins; all of equally long ones stay.
         """
-        keys = [folded(word) for word in text]
-        spans: list[Span] = []
+        keys = fold(text)
+        cased = _has_capital(text[1:])
+        spans: list[Span[Owner]] = []
         for start, first in enumerate(keys):
             for length in self.lengths.get(first, ()):
                 stop = start + length
-                uses = self.owners.get(tuple(keys[start:stop])) if stop <= len(keys) else None
-                if uses:
+                uses = self.owners.get(keys[start:stop])  # beyond the end it is shorter, and another phrase or none
+                if uses and stop <= len(keys):
                     case = tuple(text[start:stop])
-                    owners = dict.fromkeys(owner for owner, own in uses if _same_case(own, case))
+                    owners = dict.fromkeys(owner for owner, own in uses if _fits(own, case, cased))
                     if owners:
                         spans.append(Span(start, stop, tuple(owners)))
-        size = {span: sum(map(len, keys[span.start : span.stop])) for span in spans}
-        kept: list[Span] = []
-        for span in sorted(spans, key=lambda s: -size[s]):
-            if not any(_overlap(span, other) and size[other] > size[span] for other in kept):
+        size = {(s.start, s.stop): sum(map(len, keys[s.start : s.stop])) for s in spans}
+        kept: list[Span[Owner]] = []
+        for span in sorted(spans, key=lambda s: -size[s.start, s.stop]):
+            longer = (other for other in kept if size[other.start, other.stop] > size[span.start, span.stop])
+            if not any(span.start < other.stop and other.start < span.stop for other in longer):
                 kept.append(span)
-        return sorted(kept)
+        return sorted(kept, key=lambda s: (s.start, s.stop))
+
+    def copy(self) -> "PhraseIndex[Owner]":
+        return PhraseIndex(
+            {key: uses.copy() for key, uses in self.owners.items()},
+            {first: counts.copy() for first, counts in self.lengths.items()},
+        )
 
 
-def _phrase(phrase: str) -> tuple[Words, Words]:
-    case = tuple(words(phrase))
-    return case, tuple(folded(word) for word in case)
+def _fits(own: Words, found: Words, cased: bool) -> bool:
+    """Whether a phrase's case agrees with that of its place in a text; `cased`: the text has capitals to go by."""
+    if own == found:
+        return True
+    if sum(map(len, own)) <= _SHORT:
+        return False
+    return not cased or _has_capital(found) or not _has_capital(own)
 
 
-def _same_case(phrase: Words, text: Words) -> bool:
-    """Case makes no difference, but for a very short phrase: US is not us, It not it, WHO not who."""
-    return phrase == text or sum(map(len, phrase)) > 3
-
-
-def _overlap(a: Span, b: Span) -> bool:
-    return a.start < b.stop and b.start < a.stop
+def _has_capital(text: Sequence[str]) -> bool:
+    return any(word != word.lower() for word in text)
 
 
 def _less(counts: Counter, key: Hashable) -> None:

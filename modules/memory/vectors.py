@@ -36,8 +36,14 @@ class Vectors:
         """[n, d]; what is not known is zero."""
         return self._table[: len(self)]
 
+    def unknown(self) -> list[int]:
+        """The rows without a vector."""
+        return [] if bool(self.known.all()) else (~self.known).nonzero()[:, 0].tolist()
+
     def grow(self, count: int) -> None:
         """Rows without a vector at the end, so that there are `count`."""
+        if count <= len(self):
+            return
         with torch.inference_mode(False):
             if count > len(self._table):
                 larger = torch.zeros(max(count, 2 * len(self._table), 64), self._table.shape[1])
@@ -62,19 +68,33 @@ class Vectors:
         with torch.inference_mode(False):
             self._table, self.known = self.table[at], self.known[at]
 
+    def copy(self) -> "Vectors":
+        other = Vectors(self._table.shape[1])
+        with torch.inference_mode(False):
+            other._table, other.known = self.table.clone(), self.known.clone()
+        return other
+
     def nearest(self, queries: Tensor, k: int) -> list[Nearest]:
         """Of each query [Q, d], the k nearest of all known rows; of equal ones the first comes first."""
         found: list[Nearest] = []
-        for some in queries.split(max(1, 2**24 // max(len(self), 1))):  # never more than 64 MiB of cosines
-            cosines = some @ self.table.T  # [some, n]
-            if not bool(self.known.all()):
-                cosines = cosines.masked_fill(~self.known, -torch.inf)
-            found += [best(row, k) for row in cosines]
+        with torch.autocast("cpu", enabled=False):
+            for some in queries.split(max(1, 2**24 // max(len(self), 1))):  # never more than 64 MiB of cosines
+                cosines = some @ self.table.T  # [some, n]
+                if not bool(self.known.all()):
+                    cosines = cosines.masked_fill(~self.known, -torch.inf)
+                found += [_best(row, k) for row in cosines]
         return found
 
+    def nearest_among(self, query: Tensor, k: int, rows: Sequence[int]) -> Nearest:
+        """Of one query [d], the k nearest of some known rows; of equal ones the first comes first."""
+        with torch.autocast("cpu", enabled=False):
+            near = _best(self._table[torch.tensor(rows, dtype=torch.long)] @ query, k)
+        return Nearest([rows[i] for i in near.rows], near.cosines)
 
-def best(cosines: Tensor, k: int) -> Nearest:
+
+def _best(cosines: Tensor, k: int) -> Nearest:
     """The k largest of [n], minus infinity left out; of equal ones the first comes first."""
+    cosines = (cosines * 2**20).round() / 2**20  # below, it depends on a row's place in the matrix product
     k = min(k, int((cosines > -torch.inf).sum()))
     if not k:
         return Nearest([], [])

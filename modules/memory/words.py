@@ -1,22 +1,28 @@
 """Text as the words by which a subject is recognised in it.
 
-Two texts are the same where their words are. Unicode's compatible forms (NFKC) and invisible characters make no
-difference, nor do white space, the shape of a dash or a quote, and a hyphen inside a word. Punctuation counts as a word
-of its own, so that "AC/DC" and "2001: A Space Odyssey" are found as they are written and "Paris Texas" is not found in
-"Not Paris. Texas". Diacritics count: "Curacao" is another word than "Curaçao"; aliases serve for that.
+Unicode's compatible forms (NFKC) and invisible characters make no difference, nor do white space, the shape of a dash
+or a quote, and a hyphen inside a word. Any other mark counts as a word of its own, so that "AC/DC" and "2001: A Space
+Odyssey" are found as they are written, and "Paris Texas" is not found in "Not Paris. Texas". Diacritics count:
+"Curacao" is not "Curaçao"; aliases serve for that.
 
-A word is a run of letters and digits. Scripts that put no space between words have none to go by: there each character
-is a word (with its vowel signs), but a run of katakana is one, since it mostly is a name.
+A word is a run of letters and digits; 5.1 and 10,000 are one. Scripts that put no space between words give none to go
+by: there each character is a word, with its vowel signs (so 京都 is found in 東京都, wrongly), but a run of katakana is
+one word.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
+
+Words = tuple[str, ...]
 
 _UNSPACED = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "HANGUL", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"}
 _SHAPES = str.maketrans(dict.fromkeys("‘’‚‛ʻʼ′`´", "'") | dict.fromkeys("“”„‟«»″", '"'))
+_RUNS = ("letters", "katakana")
+_WORDS = (*_RUNS, "alone")
 
 
-def words(text: str) -> list[str]:
+def words(text: str) -> Words:
     """The words of a text, their case as it is."""
     text = unicodedata.normalize("NFKC", text.translate(_SHAPES))
     found: list[str] = []
@@ -28,26 +34,26 @@ def words(text: str) -> list[str]:
         if kind == "dash":
             inside = last in _WORDS and _kind(text[at + 1 : at + 2]) in _WORDS
             kind, character = ("space", "") if inside else ("sign", "-")
-        joins = last in _WORDS if kind == "mark" else kind == last and kind in ("letters", "katakana")
+        if character in ".," and found and last == "letters":
+            digits = found[-1][-1].isdigit() and text[at + 1 : at + 2].isdigit()
+            kind = "letters" if digits else kind  # iOS 5 is not found in iOS 5.1
+        joins = last in _WORDS if kind == "mark" else kind == last and kind in _RUNS
         if joins:
             found[-1] += character
         elif kind != "space":
             found.append(character)
         last = last if kind == "mark" else kind
-    return found
+    return tuple(found)
 
 
-def folded(word: str) -> str:
-    """A word without its case."""
-    return word.lower() if word.isascii() else unicodedata.normalize("NFKC", word.casefold())
-
-
-_WORDS = ("letters", "katakana", "alone")
+def fold(text: Sequence[str]) -> Words:
+    """Words without their case."""
+    return tuple(w.lower() if w.isascii() else unicodedata.normalize("NFKC", w.casefold()) for w in text)
 
 
 @cache
 def _kind(character: str) -> str:
-    """letters and katakana: joined with their like; alone: a word by itself; mark: part of the character before it."""
+    """letters and katakana: joined with their like; alone: a word by itself; mark: part of what it stands on."""
     category = unicodedata.category(character) if character else "Zs"
     if category == "Cf":
         return "ignored"
