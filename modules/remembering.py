@@ -3,15 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.memory import EditMemory, EncoderConfig, SentenceEncoder
+from modules.memory import EditMemory, Encoder, EncoderConfig, SentenceEncoder
 
 
 class MemoryEditor(Editor):
@@ -24,9 +23,9 @@ class MemoryEditor(Editor):
     encoder: EncoderConfig
 
     @cached_property
-    def sentences(self) -> SentenceEncoder:
+    def sentences(self) -> Encoder:
         """The sentence encoder; one for all memories of this editor."""
-        return SentenceEncoder(self.encoder)
+        return cast(Encoder, SentenceEncoder(self.encoder))
 
     @abstractmethod
     def unedited(self, backbone: Backbone) -> "Remembering":
@@ -78,7 +77,7 @@ class Remembering(Edited):
     def add(self, requests: Sequence[EditRequest]) -> Self:
         """See `edit`."""
         self.editor.check(requests)
-        memory = _copy(self.memory)
+        memory = self.memory.copy()
         memory.add(requests)
         return self.like(memory)
 
@@ -88,7 +87,7 @@ class Remembering(Edited):
         Raises:
             ValueError: for an edit that was not made.
         """
-        memory = _copy(self.memory)
+        memory = self.memory.copy()
         memory.remove(requests)
         return self.like(memory)
 
@@ -105,8 +104,3 @@ class Remembering(Edited):
         memory = EditMemory.load(folder, self.memory.encoder)
         self.editor.check(memory.requests)
         return self.like(memory)
-
-
-def _copy(memory: EditMemory) -> EditMemory:
-    """The memory with the same encoder and edits, in a state of its own."""
-    return deepcopy(memory, {id(shared): shared for shared in (memory.encoder, *memory.requests)})

@@ -24,6 +24,8 @@ from datamodules.records import EditRecord, EditRequest, join
 from datamodules.schedule import stable_hash
 from datamodules.sources import Source, load
 from modules.memory import EditMemory, Encoder
+from modules.memory.subjects import subject_of
+from modules.memory.words import Words
 
 Kind = Literal["copy", "update", "retain"]
 CACHE_FOLDER = "PALIMPSEST_CACHE"
@@ -57,7 +59,7 @@ class Demonstrations:
         self.encoder, self.seed = encoder, seed
         self.dataset = load(sources)
         self.places: list[int] = []  # of a training edit among the records
-        self.of_subject: dict[str, list[int]] = {}  # training edits by folded subject
+        self.of_subject: dict[Words, list[int]] = {}  # training edits by subject
         statements: list[str] = []
         for at in range(0, len(self.dataset), CHUNK):
             some = range(at, min(at + CHUNK, len(self.dataset)))
@@ -66,7 +68,7 @@ class Demonstrations:
                 if len(record.requests) > 1 or not request.prompt or not all(_prompts(record, kind) for kind in kinds):
                     continue
                 if request.subject:
-                    self.of_subject.setdefault(_folded(request.subject), []).append(len(self.places))
+                    self.of_subject.setdefault(subject_of(request.subject), []).append(len(self.places))
                 self.places.append(place)
                 statements.append(request.statement)
         if not self.places:
@@ -88,7 +90,7 @@ class Demonstrations:
         Args:
             plans: of each edit, the kinds as which the nearest training edit is shown, the second nearest, and so on.
         """
-        subjects = {_folded(request.subject) for request in memory.requests if request.subject}
+        subjects = {subject_of(request.subject) for request in memory.requests if request.subject}
         blocked = [i for subject in subjects for i in self.of_subject.get(subject, ())]
         near = self._nearest([e.statement for e in edits], max(map(len, plans), default=0) + SPARE, blocked)
         found = []
@@ -160,7 +162,3 @@ def _prompts(record: EditRecord, kind: Kind) -> list[tuple[str, str]]:
         return [(record.request.prompt, record.request.target)]
     queries = record.rephrases if kind == "update" else [q for qs in record.locality.values() for q in qs]
     return [(query.prompt, query.target) for query in queries if query.prompt]
-
-
-def _folded(subject: str) -> str:
-    return " ".join(subject.casefold().split())
