@@ -86,6 +86,12 @@ class Edited:
         """
         raise NotImplementedError(f"{type(self).__name__} cannot go on from saved edits; make them again")
 
+    def context_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens the method puts before each prompt, a BOS not among them: what table 5 of DistillMIKE calls
+        the prompt length."""
+        length = len(encode(self.backbone.tokenizer, self.context, bos=False).ids) if self.context else 0
+        return [length] * len(prompts)
+
     def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
         """What all edits so far add to each weight, by the linear layer's name: a term of one row, or [d_in, d_out].
         Empty where edits are no change of weights."""
@@ -233,3 +239,7 @@ class TrainedEditor(Editor):
     @abstractmethod
     def reader(self) -> Backbone:
         """The model that answers: what to hand to `edit`."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Move everything that edits and answers to a device."""

@@ -72,7 +72,9 @@ class Evaluation:
         aggregates: metric -> {value, ci, records}, see `modules.metrics.summarise`.
         edit_seconds: spent on making the edits, over all pools.
         answer_seconds: spent on the edited model's answers, over all pools.
-        settings: how it was measured, and how many records and queries were left out.
+        settings: how it was measured, and how many records and queries were left out. Where it was counted, `queries`
+            is how many different prompts were asked, and `context_tokens` the mean number of tokens that the method
+            put before one.
     """
 
     editor: str
@@ -95,6 +97,7 @@ def evaluate(
     seed: int = 0,
     originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and measure.
 
@@ -109,6 +112,7 @@ def evaluate(
         seed: of the bootstrap.
         originals: the unedited model's answers, kept over calls; by default asked anew of `backbone`.
         progress: called with the number of records done since the last call.
+        look: called with each edited model, and the records that it was edited with; its time does not count.
 
     Raises:
         ValueError: without records or with a pool size below 1; and whatever the editor raises.
@@ -122,18 +126,24 @@ def evaluate(
     }
     results: list[dict[str, Any]] = []
     edit_seconds = answer_seconds = 0.0
+    queries = context_tokens = 0
     for pool in pools:
         kept, left_out = without_collisions(pool)
         originals.ask(kept, **options)
         cases = list(zip(kept, left_out, strict=True))
         for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
             requests: list[EditRequest] = [request for record, _ in group for request in record.requests]
+            prompts = list(dict.fromkeys(q.prompt for r, _ in group for of in questions(r).values() for q in of))
             start = now(backbone)
             with editor.edit(backbone, requests) as edited:
                 ready = now(backbone)
                 results += _results(edited, originals, group, **options)
                 edit_seconds += ready - start
                 answer_seconds += now(backbone) - ready
+                queries += len(prompts)
+                context_tokens += sum(edited.context_tokens(prompts))
+                if look:
+                    look(edited, [record for record, _ in group])
             if progress:
                 progress(len(group))
     settings = options | {
@@ -141,7 +151,9 @@ def evaluate(
         "pools": len(pools),
         "records": len(results),
         "records_dropped": dropped,
+        "queries": queries,
         "queries_left_out": sum(result["left_out"] for result in results),
+        "context_tokens": context_tokens / max(queries, 1),
         "bootstrap_seed": seed,
     }
     aggregates = summarise(results, seed=seed)

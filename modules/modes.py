@@ -59,6 +59,7 @@ def consecutive(
     originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
     at_checkpoint: Callable[[Checkpoint], None] | None = None,
+    at_end: Callable[[Edited], None] | None = None,
 ) -> list[Checkpoint]:
     """Edit the records batch after batch, each on top of all earlier ones, and evaluate all so far at checkpoints.
 
@@ -73,6 +74,7 @@ def consecutive(
         originals: the unedited model's answers, kept over calls; by default asked anew of `backbone`.
         progress: called with the number of records edited or evaluated since the last call (see `work`).
         at_checkpoint: called with each checkpoint as it is reached.
+        at_end: called with the model under all edits.
 
     Raises:
         ValueError: without records, for a batch or checkpoint below 1, for an editor that is given each record's own
@@ -115,6 +117,8 @@ def consecutive(
             _tell(progress, done)
             if at_checkpoint:
                 at_checkpoint(found[-1])
+        if at_end and edited is not None:
+            at_end(edited)
     return found
 
 

@@ -78,11 +78,12 @@ def evaluate_uniedit(
     seed: int = 0,
     originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and judge by UniEdit's protocol.
 
-    Pools, `own_edit_only`, `originals` and `progress` are as in `modules.evaluation.evaluate`. The seconds spent on
-    hops count as answering.
+    Pools, `own_edit_only`, `originals`, `progress` and `look` are as in `modules.evaluation.evaluate`. The seconds
+    spent on hops count as answering.
 
     Against the released code: locality is left out for collisions within a pool, not within all records at once; all
     hops of a question are looked at before the first of them is edited in, and are then made in one call.
@@ -105,6 +106,8 @@ def evaluate_uniedit(
                 ready = now(backbone)
                 _judge(edited, originals, group, batch_size)
                 waiting = _with_hops(edited, group, batch_size, made)
+                if look:
+                    look(edited, [case.record for case in group])
             for hops, asked in waiting.items():  # not within the first edit, which may live in the same modules
                 with editor.edit(backbone, [*requests, *hops]) as edited:
                     _answer(edited, asked, batch_size)

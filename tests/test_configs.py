@@ -11,6 +11,7 @@ from trainers.cli import CONFIGS, TrainingCLI
 from trainers.evaluate import evaluate
 
 FILES = sorted(CONFIGS.glob("*.yaml"))  # those of training-free editors: tests/trainers/test_editors.py
+EVALUATED = ("evaluate_", "benchmark_")
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
 
 
@@ -25,7 +26,7 @@ def base_of(path: Path) -> list[str]:
     return named[: named.index(path.name)] if path.name in named else []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if not p.name.startswith("evaluate_")], ids=name)
+@pytest.mark.parametrize("path", [p for p in FILES if not p.name.startswith(EVALUATED)], ids=name)
 def test_training_config(path: Path, tmp_path: Path) -> None:
     given = [f"--config={c}" for c in [*base_of(path), str(path)]]
     cli = TrainingCLI([*given, *HERE, f"--run_dir={tmp_path}"])
@@ -34,7 +35,7 @@ def test_training_config(path: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith("evaluate_")], ids=name)
+@pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith(EVALUATED)], ids=name)
 def test_evaluation_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
@@ -44,5 +45,5 @@ def test_evaluation_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub.__signature__ = __import__("inspect").signature(evaluate)  # type: ignore[attr-defined]
     stub.__annotations__, stub.__doc__, stub.__name__ = evaluate.__annotations__, evaluate.__doc__, "evaluate"
     command.run(stub, [f"--config={path}"])
-    assert seen["data"]
+    assert seen["data"] or seen["benchmark"].datasets
     assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= seen.keys()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.readers.requests import read_requests
-from modules.backbone import Backbone, BackboneConfig, load_backbone
-from modules.editor import Edited, Editor
-from modules.export import load_editor
+from modules.backbone import Backbone, BackboneConfig
+from modules.editor import Edited
 from modules.training_free.icl import Unedited
 from trainers.command import run
-from trainers.editors import Spec, choose, read
+from trainers.editors import Spec, read
+from trainers.workers import Specs, build
 
 
 def edit(
@@ -29,6 +29,7 @@ def edit(
     max_new_tokens: int = 12,
     compare: bool = True,
     backbone: BackboneConfig | None = None,
+    device: str = "auto",
 ) -> None:
     """Make edits and show what the model says before and after.
 
@@ -44,21 +45,19 @@ def edit(
         max_new_tokens: how long answers may get.
         compare: also show the answer before editing.
         backbone: what a training-free editor edits; an exported one brings its own.
+        device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
     requests = read_requests(edits) if edits else []
     gone = read_requests(remove) if remove else []
     if not requests and not pool:
         raise ValueError("nothing to edit: give --edits FILE, or --pool DIR with a saved pool")
     (wanted,) = read([editor])
-    if isinstance(wanted, Path):
-        if backbone:
-            raise ValueError("--backbone: an exported editor brings its own; leave it out")
-        trained = load_editor(wanted)
-        loaded: Editor = trained
-        model = reader = trained.reader
-    else:
-        model = reader = load_backbone(backbone or BackboneConfig())
-        (loaded,) = (c.editor for c in choose([wanted], model))
+    exported = isinstance(wanted, Path)
+    if exported and backbone:
+        raise ValueError("--backbone: an exported editor brings its own; leave it out")
+    specs = Specs(None if exported else backbone or BackboneConfig(), (editor,), device=device)
+    model, (chosen,) = build(specs)
+    loaded = chosen.editor
     with ExitStack() as stack:
         empty = stack.enter_context(loaded.edit(model, []))
         _refuse(empty, loaded.name, pool=pool, remove=remove, save=save, merge=merge)
@@ -73,7 +72,7 @@ def edit(
         if merge:
             _merge(edited, Path(merge))
         for text in prompt or _from_standard_input():
-            _show(reader, edited, text, max_new_tokens, compare)
+            _show(model, edited, text, max_new_tokens, compare)
 
 
 def _refuse(edited: Edited, name: str, **wanted: str | None) -> None:

@@ -25,6 +25,7 @@ from modules.training_free.known import KNOWN, known_as
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "training_free"
 Spec = dict[str, Any] | str
+WHOLE = 1 << 26  # bytes up to which a file is read to the end to know it again
 
 
 @dataclass(frozen=True)
@@ -227,11 +228,14 @@ def _tell_apart(wanted: Sequence[TrainingFree | Path], editors: Sequence[Editor]
 
 
 def _digest(folder: Path) -> str:
-    """A hash of the files of an exported editor."""
+    """A hash of the files of an exported editor; of a large one its size, time of change and first part, since reading
+    a language model takes longer than most of what is done with it."""
     digest = sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        about = path.stat()
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
+            digest.update(file.read(WHOLE))
+        if about.st_size > WHOLE:
+            digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()

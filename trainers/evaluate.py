@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.sources import Source, load
-from modules.backbone import BackboneConfig, load_backbone
-from modules.editor import Editor
-from modules.export import load_editor
-from modules.training_free.icl import InContext, RightEdit, Unedited
+from modules.backbone import BackboneConfig
+from trainers.benchmark.grid import Benchmark
+from trainers.benchmark.run import run_benchmark
 from trainers.command import run
-from trainers.editors import Chosen, Spec, choose, read
-from trainers.evaluation_run import Protocol, drawn, run_evaluation
+from trainers.editors import Spec
+from trainers.evaluation_run import Protocol, check_records, drawn, run_evaluation
 from trainers.retention import run_consecutive
-
-BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
+from trainers.workers import BASELINES, Specs, build, wanted_of
 
 
 def evaluate(
-    data: list[Source],
+    data: list[Source] | None = None,
     editor: list[Spec] | None = None,
     baselines: list[str] | None = None,
     backbone: BackboneConfig | None = None,
@@ -36,6 +34,8 @@ def evaluate(
     mode: Literal["single", "batch", "sequential", "consecutive"] = "batch",
     batch: int | None = None,
     checkpoints: list[int] | None = None,
+    device: str = "auto",
+    benchmark: Benchmark | None = None,
 ) -> None:
     """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
 
@@ -49,17 +49,21 @@ def evaluate(
         pool_sizes: how many edits stand at once.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
-        exact_match: also generate and compare whole answers.
+        exact_match: also generate and compare whole answers (default protocol).
         out: the JSON file.
         seed: draws the records, and the bootstrap.
         batch_size: queries in one forward pass.
-        protocol: default (EasyEdit's token accuracy, exact match), or uniedit (top-5, related hops edited in;
-            nothing is generated).
+        protocol: default (EasyEdit's token accuracy, exact match), uniedit (top-5, related hops edited in),
+            counterfact (ES, PS, NS, EM, PM, NM, S) or zsre (efficacy, paraphrase, specificity, score). Only the default
+            generates.
         mode: `single`: each record from the unedited model, as `batch` with pools of 1; `batch`: pools of `pool_sizes`,
             or of `batch`; `sequential`: one record after another on top of all earlier ones; `consecutive`: batches of
             `batch` likewise. These two are evaluated at `checkpoints` over all edits so far.
         batch: records of one edit.
         checkpoints: numbers of records edited so far; by default 1, 10, 100, ... and the end.
+        device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        benchmark: a grid of data sets and runs for all editors, in place of one set and mode; see
+            configs/benchmark_smollm2.yaml.
     """
     one_by_one = mode in ("single", "sequential")
     if (one_by_one and batch not in (None, 1)) or (mode == "consecutive" and not batch):
@@ -71,18 +75,19 @@ def evaluate(
         raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
     if baselines is None:
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
-    wrong = sorted(set(baselines) - set(BASELINES))
-    if wrong:
-        raise ValueError(f"unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
-    wanted = read(editor or [])
-    exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
-    if backbone is None and not exported:
-        raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
-    model = load_backbone(backbone) if backbone else next(iter(exported.values())).reader
-    chosen = choose(wanted, model, exported)
+    specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device)
+    wanted_of(specs)
+    if benchmark:
+        if data:
+            raise ValueError("--data: a benchmark names its own data sets, benchmark.datasets; leave it out")
+        run_benchmark(benchmark, specs, *build(specs), seed=seed, batch_size=batch_size)
+        return
+    if not data:
+        raise ValueError("nothing to evaluate: give --data, or a --benchmark")
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
-    editors = [Chosen(BASELINES[name](), {"baseline": name}) for name in baselines] + chosen
+    check_records(protocol, drawn_records)
+    model, editors = build(specs)
     about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
     if consecutively:
         run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, exact_match, Path(out), **about)

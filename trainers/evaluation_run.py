@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
+from modules.counterfact import COUNTERFACT
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, evaluate, fewer_queries, split_pools
+from modules.evaluation import Answers, Evaluation, evaluate, fewer_queries, split_pools
 from modules.metrics import PROTOCOLS
+from modules.published import Published, evaluate_published
 from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit
+from modules.zsre import ZSRE
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
-Protocol = Literal["default", "uniedit"]
+Protocol = Literal["default", "uniedit", "counterfact", "zsre"]
+PUBLISHED: dict[str, Published] = {protocol.name: protocol for protocol in (COUNTERFACT, ZSRE)}
 log = logging.getLogger(__name__)
 
 
@@ -48,24 +53,23 @@ def run_evaluation(
         data, seed, mode: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
-        protocol: how answers are judged, see `modules.evaluation` and `modules.uniedit`; the latter never generates.
+        protocol: how answers are judged, see `modules.evaluation`, `modules.uniedit`, `modules.counterfact` and
+            `modules.zsre`; only the default generates.
 
     An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
     Raises:
-        ValueError: for no editors, records or pool sizes, a pool size below 1, or two editors of one name.
+        ValueError: for no editors, records or pool sizes, a pool size below 1, two editors of one name, or a record
+            that the protocol cannot judge.
     """
     check(editors, records, pool_sizes)
+    check_records(protocol, records)
     sizes = sorted({min(size, len(records)) for size in pool_sizes})
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
-    uniedit = protocol == "uniedit"
-    protocols = UNIEDIT_PROTOCOLS if uniedit else PROTOCOLS
-    report = new_report(backbone, records, sizes, data, seed, mode=mode, protocols=protocols)
-    judge = evaluate_uniedit if uniedit else evaluate
-    options = {} if uniedit else {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
-    originals = Answers(Edited(backbone))
+    definitions, judge = judge_of(protocol, Answers(Edited(backbone)), exact_match, max_new_tokens)
+    report = new_report(backbone, records, sizes, data, seed, mode=mode, protocols=definitions)
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
     plan = [(editor, size) for editor in editors for size in (sizes if editor.reads_pool else sizes[-1:])]
@@ -83,9 +87,7 @@ def run_evaluation(
                     size,
                     batch_size=batch_size,
                     seed=seed,
-                    originals=originals,
                     progress=lambda n: shown.advance(task, n),
-                    **options,  # type: ignore[arg-type]
                 )
             except Exception as error:  # whatever one editor does, the others' hours of work go on
                 log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)
@@ -127,6 +129,31 @@ def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: 
     names = [editor.name for editor in editors]
     if len(set(names)) < len(names):
         raise ValueError(f"editors need different names, since results are filed by name; got {', '.join(names)}")
+
+
+def check_records(protocol: Protocol, records: Iterable[EditRecord]) -> None:
+    """Refuse records that a protocol cannot judge, before any work."""
+    if protocol in PUBLISHED:
+        PUBLISHED[protocol].check(records)
+
+
+def judge_of(
+    protocol: Protocol, originals: Answers, exact_match: bool, max_new_tokens: int = 16
+) -> tuple[Mapping[str, str], Callable[..., Evaluation]]:
+    """A protocol's metrics by name, and what evaluates one editor at one pool size.
+
+    That is called with editor, backbone, records, pool size, and batch_size, seed, progress and look where wanted, as
+    `modules.evaluation.evaluate` is.
+
+    Args:
+        originals: the unedited model's answers, which most protocols ask for.
+    """
+    if protocol in PUBLISHED:
+        return PUBLISHED[protocol].definitions, partial(evaluate_published, PUBLISHED[protocol])
+    if protocol == "uniedit":
+        return UNIEDIT_PROTOCOLS, partial(evaluate_uniedit, originals=originals)
+    options = {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
+    return PROTOCOLS, partial(evaluate, originals=originals, **options)
 
 
 def bar(console: Console, enabled: bool) -> Progress:

@@ -7,6 +7,7 @@ from modules.training_free.locate import down_name, layer_numbers
 from modules.training_free.metrics import bar
 from modules.training_free.second_moments import Moments, null_space, second_moments
 from trainers.command import run
+from trainers.workers import device_named
 
 
 def moments(
@@ -15,7 +16,7 @@ def moments(
     moments: Moments | None = None,
     null_space_below: float | None = None,
     relative: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Take the second moments that ROME, MEMIT and others need, once, and say where they are kept.
 
@@ -25,12 +26,12 @@ def moments(
         moments: over which text, and where they are kept.
         null_space_below: also make AlphaEdit's projection, by this threshold, and say what it leaves to edits.
         relative: that threshold is in units of the mean second moment.
-        device: cpu, cuda, cuda:1 ...
+        device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
     options = moments or Moments()
     model = load_backbone(backbone)
     names = [down_name(model, i) for i in layer_numbers(model, layers)]
-    model.model.to(device)  # type: ignore[arg-type]
+    model.model.to(device_named(device))  # type: ignore[arg-type]
     found = second_moments(model, names, options, bar())
     for name in names:
         matrix = found[name]

@@ -3,7 +3,7 @@
 A report is {"meta", "aggregate", "runs", "records"}; the last three are by editor and then by pool size (as text):
     meta        when, how and on what it was measured, with the definition of every metric
     aggregate   {metric: {value, ci, records}}, or {"error": reason} where the editor failed
-    runs        seconds for editing and answering, settings, and what was left out
+    runs        seconds for editing and answering, per query where these were counted, settings, and what was left out
     records     per-record results in EasyEdit's shape
 """
 
@@ -26,9 +26,11 @@ from rich.text import Text
 from datamodules.readers.uniedit import GENERALITY, LOCALITY
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
+from modules.counterfact import COUNTERFACT
 from modules.evaluation import Evaluation
 from modules.export import versions
 from modules.metrics import PROTOCOLS
+from modules.zsre import ZSRE
 
 Report = dict[str, Any]
 
@@ -48,7 +50,12 @@ COLUMNS = (
     ("locality/uniedit_top_5", "Locality", "Loc."),
     ("portability/uniedit_top_5", "Portability", "Port."),
     ("multi_hop/uniedit_top_5", "Multi-hop", "Hops"),
+    *((name, name.removeprefix("counterfact/"), "") for name in COUNTERFACT.definitions),
+    *((name, name.removeprefix("zsre/").capitalize(), "") for name in ZSRE.definitions),
 )
+UNRANKED = ("counterfact/EM", "counterfact/PM", "counterfact/NM")  # by appendix J of DistillMIKE no measure of quality
+# facts of a run that stand beside the metrics of the published protocols: key, title, digits
+COSTS = (("answer_seconds_per_query", "Seconds", 3), ("context_tokens", "Context", 1))
 CRITERIA = (  # a table of its own
     *((f"generality/{name}/uniedit_top_5", name) for name in GENERALITY),
     *((f"locality/{name}/uniedit_top_5", name) for name in LOCALITY if name not in GENERALITY),
@@ -63,6 +70,16 @@ UNIEDIT_LEGEND = (
     "multi-hop, RR relation reversal, SER same entity, SA and OA subject and object alias); locality the unedited "
     "model's tokens in the top 5 (SS, RS, OS subject, relation, object specificity, 1-NF 1-N forgotten)."
 )
+COUNTERFACT_LEGEND = (
+    "Percent, means over records; pool: records edited at once. CounterFact's protocol: ES, PS and NS are the share of "
+    "prompts, rephrases and neighbours at which the wanted target is the likelier of two, EM, PM and NM by how much, S "
+    "the harmonic mean of ES, PS and NS."
+)
+ZSRE_LEGEND = (
+    "Percent, means over records; pool: records edited at once. zsRE's protocol: teacher-forced token accuracy at the "
+    "edits' questions, their rephrasings, and unrelated questions with their gold answers; score: the harmonic mean."
+)
+COSTS_LEGEND = " Seconds: of answering, a query (in batches); context: tokens that the method puts before a query."
 EXACT_LEGEND = " EM: exact match of the greedy answer."
 
 
@@ -87,7 +104,7 @@ def new_report(
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or _command_line(),
+        "command": command or command_line(),
         "data": data,
         "records": len(records),
         "edits": sum(len(record.requests) for record in records),
@@ -104,6 +121,8 @@ def new_report(
 def add_evaluation(report: Report, evaluation: Evaluation) -> None:
     """Put one editor's results at one pool size into the report."""
     run = {"edit_seconds": evaluation.edit_seconds, "answer_seconds": evaluation.answer_seconds}
+    if queries := evaluation.settings.get("queries"):
+        run["answer_seconds_per_query"] = evaluation.answer_seconds / queries
     _put(report, "aggregate", evaluation.editor, evaluation.pool_size, evaluation.aggregates)
     _put(report, "runs", evaluation.editor, evaluation.pool_size, run | evaluation.settings)
     _put(report, "records", evaluation.editor, evaluation.pool_size, evaluation.records)
@@ -120,9 +139,13 @@ def failures(report: Report) -> list[tuple[str, int, str]]:
 
 
 def write_json(path: Path, report: Report) -> None:
-    """Write the report so that the file is whole at any time: to a temporary file beside it, then renamed."""
+    """Write the report so that the file is whole at any time."""
+    write_text(path, json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any time: to a temporary file beside it, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n"
     with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
@@ -171,13 +194,18 @@ def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str,
     best: dict[tuple[int, str], float] = {}
     for editor, size, cell in _cells(report):
         for metric, _ in columns:
-            if metric in cell and not _is_reference(report, editor, size):
+            if metric in cell and metric not in UNRANKED and not _is_reference(report, editor, size):
                 value = round(cell[metric]["value"], 3)  # as shown: equal figures are equally good
                 best[size, metric] = max(value, best.get((size, metric), 0.0))
+    digits = {key: places for key, _, places in COSTS}
     rows = []
     for editor, size, cell in _cells(report):
-        values = []
+        values: list[tuple[str, bool]] = []
+        run = report["runs"].get(editor, {}).get(str(size), {})
         for metric, _ in columns:
+            if metric in digits:
+                values.append((f"{run[metric]:.{digits[metric]}f}" if metric in run else "-", False))
+                continue
             value = round(cell[metric]["value"], 3) if metric in cell else None
             top = bool(value) and value == best.get((size, metric)) and not _is_reference(report, editor, size)
             values.append(("-", False) if value is None else (f"{100 * value:.1f}", top))
@@ -196,6 +224,8 @@ def _tables(report: Report) -> list[list[tuple[str, str]]]:
     exact = any(metric.endswith("/exact_match") for metric in present)
     main = [(metric, short if exact else title) for metric, title, short in COLUMNS if metric in present]
     criteria = [(metric, title) for metric, title in CRITERIA if metric in present]
+    if any(metric in (COUNTERFACT.score, ZSRE.score) for metric, _ in main):
+        main += [(key, title) for key, title, _ in COSTS]
     return [main, criteria] if criteria else [main]
 
 
@@ -203,6 +233,10 @@ def _legend(report: Report) -> str:
     metrics = [metric for columns in _tables(report) for metric, _ in columns]
     if any("/uniedit_top_" in metric for metric in metrics):
         return UNIEDIT_LEGEND
+    if COUNTERFACT.score in metrics:
+        return COUNTERFACT_LEGEND + COSTS_LEGEND
+    if ZSRE.score in metrics:
+        return ZSRE_LEGEND + COSTS_LEGEND
     return LEGEND + (EXACT_LEGEND if any(metric.endswith("/exact_match") for metric in metrics) else "")
 
 
@@ -214,7 +248,7 @@ def _put(report: Report, part: str, editor: str, pool_size: int, value: Any) -> 
     report[part].setdefault(editor, {})[str(pool_size)] = value
 
 
-def _command_line() -> str:
+def command_line() -> str:
     """This process's command, with `python -m MODULE` where it was started that way."""
     module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
     start = ["python", "-m", module.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]

@@ -120,6 +120,11 @@ class GistEditor(TrainedEditor):
     def reader(self) -> Backbone:
         return self.model.reader
 
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        for backbone in (self.model.backbone, self.model.reader):
+            backbone.model.to(device)  # type: ignore[arg-type]
+
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[GistEdited]:
         own = self.model.backbone

@@ -108,6 +108,10 @@ class DeltaEditor(TrainedEditor):
     def reader(self) -> Backbone:
         return self.model.reader
 
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.model.backbone.model.to(device)  # type: ignore[arg-type]
+
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[DeltaEdited]:
         own = self.model.backbone

@@ -84,6 +84,11 @@ def test_the_most_probable_tokens_are_given_where_they_are_asked_for(backbone: B
         assert torch.equal(score.log_probs, without.log_probs)
 
 
+def test_tokens_before_a_prompt_are_those_of_the_context(backbone: Backbone) -> None:
+    assert Edited(backbone).context_tokens(PROMPTS) == [0] * len(PROMPTS)
+    assert Edited(backbone, context=CONTEXT).context_tokens(PROMPTS) == [len(CONTEXT)] * len(PROMPTS)  # a token a byte
+
+
 def test_score_covers_the_whole_target_and_no_more(backbone: Backbone) -> None:
     # one token a byte: " Japan" is 6 with its space inside the prompt's side of the boundary or the target's
     (score,) = Edited(backbone).score(["Lyon is in"], ["Japan"])

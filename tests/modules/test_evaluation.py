@@ -21,7 +21,7 @@ class Scripted(Edited):
     """Answers what it is told, one token a letter; what it is not told it answers with '?'."""
 
     def __init__(self, says: dict[str, str]) -> None:
-        self.says = says
+        self.says, self.context = says, ""
         self.scored: list[list[tuple[str, str]]] = []
         self.generated: list[list[str]] = []
         self.batch_sizes: set[int] = set()

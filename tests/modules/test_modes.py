@@ -25,7 +25,7 @@ class Scripted(Edited):
     """Answers what it was told, a token a letter, and '?' where it was told nothing."""
 
     def __init__(self, says: dict[str, str]) -> None:
-        self.says = says
+        self.says, self.context = says, ""
 
     def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
         said = [self.says.get(p, "").ljust(len(t), "?")[: len(t)] for p, t in zip(prompts, targets, strict=True)]

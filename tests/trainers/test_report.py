@@ -107,6 +107,8 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
     assert set(report["runs"]["icl"]["4"]) == {
         "edit_seconds",
         "answer_seconds",
+        "answer_seconds_per_query",
+        "context_tokens",
         "exact_match",
         "batch_size",
         "max_new_tokens",
@@ -114,9 +116,14 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "pools",
         "records",
         "records_dropped",
+        "queries",
         "queries_left_out",
         "bootstrap_seed",
     }
+    run_facts = report["runs"]["icl"]["4"]
+    assert (run_facts["queries"], report["runs"]["unedited"]["4"]["context_tokens"]) == (4 * 3 + 1, 0)  # one is shared
+    assert run_facts["context_tokens"] == len(" ".join(r.request.statement for r in RECORDS)) + 1  # a token a byte
+    assert run_facts["answer_seconds_per_query"] == pytest.approx(run_facts["answer_seconds"] / 13)
     record = report["records"]["icl"]["4"][0]
     assert set(record) == {"case_id", "requested_rewrite", "pre", "post", "left_out"}
     assert set(record["post"]) == {"rewrite_acc", "rephrase_acc", "locality", "portability"}

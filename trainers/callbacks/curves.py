@@ -42,15 +42,15 @@ def retention(report: Report) -> Figure:
             early = [(p["edits"], p["first"][metric]) for p in points if metric in p["first"]]
             axes.plot(*zip(*early, strict=True), "--", color=look[name][0], linewidth=1) if early else None
         axes.set(title=title, ylim=(-0.03, 1.03))
-        _over_edits(axes, stops)
+        over_edits(axes, stops)
     if grown:
         for name, points in grown.items():
             growth = [100 * _growth(p["norms"]) for p in points if p["norms"]]
             at = [p["edits"] for p in points if p["norms"]]
             _line(panels[-1], name, look, at, growth)
         panels[-1].set(title="L1 norm of edited matrices", ylabel="growth [%]")
-        _over_edits(panels[-1], stops)
-    _legend(figure, panels[0])
+        over_edits(panels[-1], stops)
+    legend(figure, panels[0])
     figure.suptitle(
         f"After so many edits: of all of them, and dashed of the first {min(stops, default=0)}", fontsize=10
     )
@@ -85,7 +85,7 @@ def comparison(
             axes.axhline(found.get(metric, float("nan")), label=name, linewidth=1.2, **style)
         axes.set(title=title, xlabel="step", ylim=(-0.03, 1.03))
         open_axes(axes)
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     figure.suptitle(f"{trained} against editors without training{what and f', {what}'}", fontsize=10)
     return figure
 
@@ -103,7 +103,8 @@ def _line(
     axes.plot(at, values, marker=marker, color=colour, label=name, markersize=3.5, linewidth=1.4)
 
 
-def _over_edits(axes: Axes, stops: Sequence[int]) -> None:
+def over_edits(axes: Axes, stops: Sequence[int]) -> None:
+    """A logarithmic axis of numbers of edits, these marked as far as there is room."""
     axes.set_xscale("log")
     apart = [n for i, n in enumerate(stops) if not i or n >= 1.5 * stops[i - 1] or n == stops[-1]]
     axes.set_xticks(apart, [str(n) for n in apart])
@@ -112,7 +113,8 @@ def _over_edits(axes: Axes, stops: Sequence[int]) -> None:
     open_axes(axes)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
+    """A legend of these axes below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for text in legend.get_texts():

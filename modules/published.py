@@ -1,0 +1,200 @@
+"""What CounterFact's and zsRE's published protocols share: three means over records, summed up by their harmonic mean.
+
+A subclass of `Published` says what is asked of a record and how the answers are judged (modules/counterfact.py,
+modules/zsre.py). Against `modules.evaluation`: every query is asked, also one that names the subject of another edit
+of the pool, since the publications leave none out; and a record that lacks a query is refused rather than passed over,
+so that all figures, and their harmonic mean, are over the same records.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.records import EditRecord
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor, TargetScore
+from modules.evaluation import Evaluation, now, rewrite, split_pools
+from modules.metrics import summarise
+
+Pair = tuple[str, str]  # a prompt, and the target that is scored after it
+
+
+class Published(ABC):
+    """A published protocol.
+
+    Attributes:
+        name: what `--protocol` and the metrics' names say.
+        definitions: metric name -> how it is measured; the means over records, and `score`.
+        parts: the three metrics whose harmonic mean is `score`.
+    """
+
+    name: str
+    definitions: Mapping[str, str]
+    score: str
+    parts: tuple[str, str, str]
+
+    @abstractmethod
+    def lacks(self, record: EditRecord) -> str:
+        """What a record is without that the protocol needs, in words that follow its name; empty where nothing is."""
+
+    @abstractmethod
+    def pairs(self, record: EditRecord) -> list[Pair]:
+        """All that is asked of a record."""
+
+    @abstractmethod
+    def judge(self, record: EditRecord, scores: Mapping[Pair, TargetScore]) -> dict[str, Any]:
+        """The `post` of a record's result, from the scores of its pairs."""
+
+    @abstractmethod
+    def values(self, post: Mapping[str, Any]) -> dict[str, float]:
+        """Metric name -> value of one record, for every metric but `score`."""
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """The metrics that are means over records: all but `score`."""
+        return tuple(name for name in self.definitions if name != self.score)
+
+    def check(self, records: Iterable[EditRecord]) -> None:
+        """Refuse records that the protocol cannot judge.
+
+        Raises:
+            ValueError: names the first one, and what it lacks.
+        """
+        for record in records:
+            if missing := self.lacks(record):
+                raise ValueError(f"--protocol {self.name}: record {record.id!r} {missing}")
+
+
+class PublishedMetrics(Metric):
+    """Running means over the records of all ranks, and their harmonic mean.
+
+    The score is that of the means, not a mean of the records' scores: sums and counts are added up over ranks first.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self, protocol: Published, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.protocol = protocol
+        self.add_state("sums", torch.zeros(len(protocol.means), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Add per-record results, as `evaluate_published` gives them."""
+        for result in results:
+            values = self.protocol.values(result["post"])
+            self.sums += self.sums.new_tensor([values[name] for name in self.protocol.means])
+            self.count += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        """Metric name -> mean over records, with the score; empty without records."""
+        if not self.count:
+            return {}
+        means = dict(zip(self.protocol.means, self.sums / self.count, strict=True))
+        score = harmonic_mean(torch.stack([means[name] for name in self.protocol.parts]))
+        return {self.protocol.score: score} | means
+
+
+def harmonic_mean(values: Tensor) -> Tensor:
+    """Over the last dimension of shares from 0 on; where one of them is 0 it is 0, its limit."""
+    return values.shape[-1] / values.reciprocal().sum(-1)
+
+
+def summarise_published(
+    protocol: Published, results: Sequence[Mapping[str, Any]], seed: int = 0, resamples: int = 1000
+) -> dict[str, dict[str, Any]]:
+    """`modules.metrics.summarise`, with the score: the harmonic mean of the three means.
+
+    The score's interval is the same bootstrap: records are drawn anew, their three means are taken, and of these the
+    harmonic mean.
+    """
+    summary = summarise(results, seed, resamples, protocol.values)
+    values = [protocol.values(result["post"]) for result in results]
+    parts = torch.tensor([[of[name] for name in protocol.parts] for of in values], dtype=torch.float64)  # [records, 3]
+    draw = np.random.default_rng(seed)
+    drawn = [harmonic_mean(parts[draw.integers(len(parts), size=len(parts))].mean(0)) for _ in range(resamples)]
+    low, high = np.quantile(torch.stack(drawn).numpy(), (0.025, 0.975))
+    score = {
+        "value": float(harmonic_mean(parts.mean(0))),
+        "ci": [float(low), float(high)],
+        "records": len(results),
+    }
+    return {protocol.score: score} | summary
+
+
+def evaluate_published(
+    protocol: Published,
+    editor: Editor,
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    pool_size: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
+) -> Evaluation:
+    """Edit the records a pool at a time, each pool from the unedited backbone, and judge by a published protocol.
+
+    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. A query is a prompt with all
+    targets that are scored after it; seconds are of batches of `batch_size` rows, not of a query that is asked alone.
+
+    Raises:
+        ValueError: without records, with a pool size below 1, for a record that lacks what the protocol needs; where
+            an edit leaves a model whose log-probabilities are not finite; and whatever the editor raises.
+    """
+    pools, dropped = split_pools(records, pool_size)
+    protocol.check(records)
+    results: list[dict[str, Any]] = []
+    edit_seconds = answer_seconds = 0.0
+    queries = context_tokens = 0
+    for pool in pools:
+        for group in [[record] for record in pool] if editor.own_edit_only else [pool]:
+            pairs = list(dict.fromkeys(pair for record in group for pair in protocol.pairs(record)))
+            prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+            start = now(backbone)
+            with editor.edit(backbone, [request for record in group for request in record.requests]) as edited:
+                ready = now(backbone)
+                scores = _scores(edited, pairs, batch_size)
+                answer_seconds += now(backbone) - ready
+                edit_seconds += ready - start
+                queries += len(prompts)
+                context_tokens += sum(edited.context_tokens(prompts))
+                if look:
+                    look(edited, group)
+            results += [
+                {"case_id": r.id, "requested_rewrite": rewrite(r), "post": protocol.judge(r, scores)} for r in group
+            ]
+            if progress:
+                progress(len(group))
+    settings = {
+        "protocol": protocol.name,
+        "batch_size": batch_size,
+        "own_edit_only": editor.own_edit_only,
+        "pools": len(pools),
+        "records": len(results),
+        "records_dropped": dropped,
+        "queries": queries,
+        "context_tokens": context_tokens / queries,
+        "bootstrap_seed": seed,
+    }
+    aggregates = summarise_published(protocol, results, seed)
+    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+
+def _scores(edited: Edited, pairs: Sequence[Pair], batch_size: int) -> dict[Pair, TargetScore]:
+    prompts, targets = map(list, zip(*pairs, strict=True))
+    scores = dict(zip(pairs, edited.score(prompts, targets, batch_size=batch_size), strict=True))
+    for (prompt, target), score in scores.items():
+        if not len(score.log_probs) or not score.log_probs.isfinite().all():
+            raise ValueError(
+                f"the edited model gives {target!r} after {prompt!r} log-probabilities of {score.log_probs.tolist()}: "
+                "nothing can be measured of a model that its edits have broken"
+            )
+    return scores

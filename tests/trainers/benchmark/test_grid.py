@@ -1,0 +1,64 @@
+"""What a benchmark spans, and what makes two cells the same."""
+
+from dataclasses import replace
+
+import pytest
+
+from datamodules.records import EditRecord
+from datamodules.sources import Source
+from trainers.benchmark.grid import Benchmark, Cell, GridDataset, GridRun, spans
+
+FACTS = GridDataset([Source("facts", options={"split": "test"})])
+
+
+def cell(records: list[EditRecord]) -> Cell:
+    return Cell("facts", "memit, heavy", "batch", (2,), 0, records[:2], {"weight": 1}, {"seed": 0})
+
+
+def test_a_batch_is_a_cell_a_number_and_a_sequence_one_cell() -> None:
+    assert list(spans(GridRun("batch", [100, 1, 100]))) == [(1, (1,)), (100, (100,))]
+    assert list(spans(GridRun("consecutive", [10, 200], batch=10))) == [(200, (10, 200))]
+    assert list(spans(GridRun("sequential", [3]))) == [(3, (3,))]
+    assert [GridRun(m, [1], b).steps for m, b in (("single", None), ("sequential", None), ("consecutive", 7))] == [
+        1,
+        1,
+        7,
+    ]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "edits", "batch"),
+    [
+        ("batch", [], None),
+        ("batch", [0], None),
+        ("batch", [1], 5),
+        ("consecutive", [10], None),
+        ("consecutive", [9], 0),
+    ],
+)
+def test_runs_that_cannot_be(mode: str, edits: list[int], batch: int | None) -> None:
+    with pytest.raises(ValueError, match=r"benchmark\.runs"):
+        GridRun(mode, edits, batch)  # type: ignore[arg-type]
+
+
+def test_names_that_are_no_folders() -> None:
+    with pytest.raises(ValueError, match=r"benchmark\.datasets: '\.\./x'"):
+        Benchmark({"../x": FACTS}, [GridRun("batch", [1])])
+    with pytest.raises(ValueError, match="needs datasets and runs"):
+        Benchmark({"facts": FACTS}, [])
+    assert Benchmark({"facts": FACTS}, [GridRun("batch", [3, 8]), GridRun("single", [5])]).most() == 8
+
+
+def test_a_cell_is_known_by_all_that_its_result_hangs_on(records: list[EditRecord]) -> None:
+    one = cell(records)
+    assert one.key() == cell(records).key()
+    changed = [
+        replace(one, facts={"weight": 2}),
+        replace(one, about={"seed": 1}),
+        replace(one, records=records[1:3]),
+        replace(one, mode="single"),
+        replace(one, editor="memit"),
+    ]
+    keys = {c.key() for c in changed}
+    assert len(keys) == len(changed)
+    assert one.key() not in keys

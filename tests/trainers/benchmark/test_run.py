@@ -1,0 +1,138 @@
+"""A benchmark from the command line: every cell once, kept when it is asked for again, by one process or two."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainers.benchmark import run as benchmark_run
+from trainers.command import run
+from trainers.evaluate import evaluate
+
+FACTS = {"format": "facts", "options": {"split": "test"}}
+
+
+def config(folder: Path, **more: Any) -> Path:
+    given: dict[str, Any] = {
+        "backbone": {
+            "source": "random:llama",
+            "overrides": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            },
+        },
+        "benchmark": {
+            "out": str(folder / "out"),
+            "datasets": {"facts": {"data": [FACTS], "queries_per_kind": 1}},
+            "runs": [
+                {"mode": "single", "edits": [2]},
+                {"mode": "batch", "edits": [2, 4]},
+                {"mode": "consecutive", "edits": [2, 4], "batch": 2},
+            ],
+            "answers": 2,
+            "workers": 1,
+        },
+        "baselines": ["unedited", "icl_right_edit"],
+        "editor": [{"editor": "ft_m", "layers": [1], "steps": 3}],
+    }
+    file = folder / "benchmark_tiny.yaml"
+    file.write_text(yaml.safe_dump(given | more))
+    return file
+
+
+def cells(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted((folder / "out" / "cells").rglob("*.json"))
+    return {str(f.relative_to(folder / "out" / "cells")): json.loads(f.read_text()) for f in files}
+
+
+def without_times(result: dict[str, Any]) -> dict[str, Any]:
+    told = {k: v for k, v in result.items() if k not in ("memory", "command")}
+    told["points"] = [{k: v for k, v in p.items() if not k.endswith("_seconds")} for p in result["points"]]
+    return told
+
+
+def test_a_grid_is_run_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config(tmp_path)
+    run(evaluate, [f"--config={file}"])
+    found = cells(tmp_path)
+    runs = ("single-2", "batch-2", "batch-4", "consecutive-2-4-by2")
+    wanted = {f"facts/{r}/{e}.json" for r in runs for e in ("unedited", "icl_right_edit", "ft_m")}
+    assert set(found) == wanted - {"facts/consecutive-2-4-by2/icl_right_edit.json"}
+    together = found["facts/batch-4/ft_m.json"]["points"]
+    assert [len(p["records"]) for p in together] == [4]
+    assert set(together[0]["records"][0]) >= {"case_id", "requested_rewrite", "pre", "post"}  # EasyEdit's shape
+    after = found["facts/consecutive-2-4-by2/ft_m.json"]
+    assert [p["edits"] for p in after["points"]] == [2, 4]
+    assert after["points"][1]["norms"]
+    answers = after["answers"]
+    assert len({a["record"] for a in answers}) == 2
+    assert {a["kind"].split("/")[0] for a in answers} >= {"rewrite", "rephrase", "locality", "portability"}
+    assert any(a["before"] != a["after"] for a in answers)
+    assert all(a["before"] == a["after"] for a in found["facts/batch-4/unedited.json"]["answers"])
+    # the first two records of four are those of two
+    ids = [[r["case_id"] for r in found[f"facts/batch-{n}/unedited.json"]["points"][0]["records"]] for n in (2, 4)]
+    assert ids[0] == ids[1][:2]
+    for name in ("results.csv", "tables.md", "tables.tex", "answers.html", "figures/facts-edits.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 200
+    capsys.readouterr()
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a finished cell is run again")
+
+    monkeypatch.setattr(benchmark_run, "run_cell", fail)
+    run(evaluate, [f"--config={file}"])
+    assert "11 of 11 cells are finished" in capsys.readouterr().out
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    run(evaluate, [f"--config={config(tmp_path / 'one')}"])
+    run(evaluate, [f"--config={config(tmp_path / 'two')}", "--benchmark.workers=2"])
+    one, two = cells(tmp_path / "one"), cells(tmp_path / "two")
+    assert set(one) == set(two)
+    assert {n: without_times(c) for n, c in one.items()} == {n: without_times(c) for n, c in two.items()}
+
+
+def test_a_cell_that_fails_is_named_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = benchmark_run.run_cell
+
+    def fails(cell: Any, *rest: Any) -> dict[str, Any]:
+        if cell.editor == "ft_m":
+            raise RuntimeError("out of luck")
+        return real(cell, *rest)
+
+    monkeypatch.setattr(benchmark_run, "run_cell", fails)
+    file = config(tmp_path)
+    run(evaluate, [f"--config={file}"])
+    said = capsys.readouterr().out
+    assert said.count("RuntimeError: out of luck") == 4
+    assert "ft_m failed: RuntimeError: out of luck" in (tmp_path / "out" / "tables.md").read_text()
+    monkeypatch.setattr(benchmark_run, "run_cell", real)
+    run(evaluate, [f"--config={file}"])
+    assert "7 of 11 cells are finished" in capsys.readouterr().out
+    assert "failed" not in (tmp_path / "out" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": [FACTS]}, "--data: a benchmark names its own data sets"),
+        ({"baselines": ["nothing"]}, "unknown baseline 'nothing'"),
+        ({"device": "cuda:9"}, "--device cuda:9: this machine has"),
+        ({"device": "gpu9"}, "--device 'gpu9' is none"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run(evaluate, [f"--config={config(tmp_path, **change)}"])
+    assert not (tmp_path / "out").exists()

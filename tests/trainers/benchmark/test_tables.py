@@ -1,0 +1,131 @@
+"""Tables, figures and the page of answers, from results made by hand."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from trainers.benchmark.answers import write_answers
+from trainers.benchmark.figures import cost, over_number, trade, write_figures
+from trainers.benchmark.tables import FIELDS, write_csv, write_tables
+
+
+def point(edits: int, reliability: float, generality: float, locality: float) -> dict[str, Any]:
+    values = {
+        "reliability/token_accuracy": reliability,
+        "generality/token_accuracy": generality,
+        "locality/token_agreement": locality,
+    }
+    return {
+        "edits": edits,
+        "metrics": {
+            m: {"value": v, "ci": [max(0.0, v - 0.1), min(1.0, v + 0.1)], "records": 4} for m, v in values.items()
+        },
+        "edit_seconds": 8.0,
+        "answer_seconds": 1.0,
+        "edited": 4,
+        "settings": {"own_edit_only": False},
+        "norms": {},
+        "records": [],
+    }
+
+
+def result(editor: str, points: list[dict[str, Any]], mode: str = "batch", **more: Any) -> dict[str, Any]:
+    answers = [
+        {
+            "record": "1",
+            "kind": "rewrite",
+            "prompt": "A & B is",
+            "gold": "Lyon",
+            "before": "<b>",
+            "after": "Lyon, of course",
+        },
+        {"record": "1", "kind": "locality/near", "prompt": "C is", "gold": "x", "before": "same", "after": "same"},
+    ]
+    return {
+        "dataset": "facts",
+        "editor": editor,
+        "mode": mode,
+        "batch": 0,
+        "edits": [p["edits"] for p in points],
+        "protocol": "default",
+        "seed": 0,
+        "points": points,
+        "memory": {"before": 2**30, "peak": 2**30 + 3 * 2**20},
+        "answers": answers,
+        **more,
+    }
+
+
+def results() -> list[dict[str, Any]]:
+    failed = result("icl", [point(100, 0, 0, 0)])
+    del failed["points"]
+    return [
+        result("unedited", [point(1, 0.1, 0.1, 1.0)]),
+        result("rome_x", [point(1, 0.9, 0.4, 0.8)]),
+        result("rome_x", [point(100, 0.5, 0.3, 0.2)]),
+        result("memit", [point(1, 0.8, 0.6, 0.7)]),
+        result("memit", [point(100, 0.7, 0.35, 0.9)]),
+        failed | {"error": "ValueError: too long", "answers": []},
+    ]
+
+
+def test_csv_has_a_line_for_every_metric(tmp_path: Path) -> None:
+    write_csv(results(), tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == FIELDS
+    assert len(lines) == 5 * 3
+    (one,) = [x for x in lines if x["editor"] == "memit" and x["edits"] == "100" and x["metric"].startswith("gen")]
+    assert {k: one[k] for k in ("value", "low", "high", "records", "seconds_per_edit", "peak_mib")} == {
+        "value": "0.35",
+        "low": "0.25",
+        "high": "0.45",
+        "records": "4",
+        "seconds_per_edit": "2",
+        "peak_mib": "3",
+    }
+
+
+def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:
+    write_tables(results(), tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert text.count("## ") == 2
+    first, second = text.split("## ")[1:]
+    assert first.startswith("facts, batch, single edits")
+    assert "| rome_x | **90.0 (80-100)** | 40.0 (30-50) | **80.0 (70-90)** | 2.00 | 3 |" in first
+    # the unedited model's 100 is no victory
+    assert "| unedited | 10.0 (0-20) | 10.0 (0-20) | 100.0 (90-100) |" in first
+    assert "| memit | **70.0 (60-80)** | **35.0 (25-45)** | **90.0 (80-100)** |" in second
+    assert "icl failed: ValueError: too long" in second
+    assert "icl failed" not in first
+    latex = (tmp_path / "tables.tex").read_text()
+    assert latex.count("\\begin{tabular}{lrrrrr}") == 2
+    assert "rome\\_x & \\textbf{90.0 (80-100)}" in latex
+
+
+def test_figures_of_what_there_is(tmp_path: Path) -> None:
+    write_figures(results(), tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["facts-cost.png", "facts-edits.png", "facts-trade.png"]
+    over, between, costs = over_number(results()), trade(results()), cost(results())
+    assert over is not None
+    assert between is not None
+    assert costs is not None
+    lines = {line.get_label(): list(line.get_ydata()) for line in over.axes[0].lines}
+    assert lines == {"unedited": [0.1], "rome_x": [0.9, 0.5], "memit": [0.8, 0.7]}
+    assert [a.get_title() for a in between.axes] == ["1, batch", "100, batch"]
+    assert [bar.get_width() for bar in costs.axes[0].patches] == [2.0, 2.0]
+    assert over_number(results()[:2]) is None  # one number of edits is no curve
+    assert trade([]) is None
+    assert cost([]) is None
+
+
+def test_answers_are_one_page_that_fetches_nothing(tmp_path: Path) -> None:
+    write_answers(results(), tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<h2>") == 2
+    assert "A &amp; B is" in page
+    assert "&lt;b&gt;" in page
+    assert '<td>&lt;b&gt;</td><td class="right">Lyon, of course</td>' in page
+    assert '<td class="right same">same</td>' in page
+    assert "http" not in page
+    assert "src=" not in page

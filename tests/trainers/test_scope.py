@@ -1,0 +1,38 @@
+"""`python -m trainers.scope`: figures of what hook layers answer for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainers.command import run
+from trainers.scope import scope
+
+MODEL = [
+    "--backbone.source=random:llama",
+    "--backbone.overrides={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 4, num_attention_heads: 4, "
+    "num_key_value_heads: 2}",
+    "--data=[{format: facts, options: {split: test}}]",
+    "--records=4",
+    "--queries_per_kind=1",
+]
+
+
+def test_scores_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moments = f"{{tokens: 300, length: 40, folder: {tmp_path}}}"
+    small = f"layers: [1, 2], moments: {moments}, contexts: {{counts: {{8: 2}}}}, values: {{steps: 4}}"
+    run(scope, [*MODEL, f"--editor={{editor: coachhook, {small}}}", f"--out={tmp_path / 'scope.json'}"])
+    told = json.loads((tmp_path / "scope.json").read_text())
+    assert told["meta"]["records"] == 4
+    layers = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    assert list(told["alphas"]) == layers
+    assert {s["layer"] for s in told["scores"]} == set(layers)
+    assert sum(s["kind"] == "reliability" for s in told["scores"]) == 8
+    assert (tmp_path / "scope.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert all(layer in said for layer in layers)
+
+
+def test_an_editor_without_hook_layers_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="--editor ft_m has no hook layers"):
+        run(scope, [*MODEL, "--editor=ft_m"])

@@ -1,0 +1,185 @@
+"""One cell of a benchmark: edit, evaluate, and keep what a reader of the results wants to see."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from datamodules.records import EditRecord
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor
+from modules.evaluation import Answers, Evaluation, questions
+from modules.modes import Checkpoint, consecutive
+from trainers.benchmark.grid import Cell
+from trainers.evaluation_run import judge_of
+
+Progress = Callable[[int], None]
+NEW_TOKENS = 16  # of an answer that is kept for reading
+
+
+@dataclass
+class Memory:
+    """The most memory in bytes that was held while something ran, and what was held before it."""
+
+    before: int = 0
+    peak: int = 0
+
+
+def run_cell(
+    cell: Cell,
+    editor: Editor,
+    backbone: Backbone,
+    originals: Answers,
+    options: dict[str, Any],
+    shown: int,
+    tell: Progress,
+) -> dict[str, Any]:
+    """The result of a cell as JSON values.
+
+    Args:
+        originals: the unedited model's answers, which other cells have use of too.
+        options: protocol, exact_match, batch_size, seed.
+        shown: of so many records, generated answers are kept.
+        tell: called with the number of records done since the last call.
+
+    Returns:
+        `points`: an entry for each number of edits, with `edits`, `metrics` (as modules.metrics.summarise),
+        `edit_seconds`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see `_read`; `memory` in
+        bytes: before and at the peak.
+    """
+    _read(Edited(backbone), cell.records[:shown], before := {})
+    with held(backbone) as memory:
+        if cell.mode in ("sequential", "consecutive"):
+            points, after = _consecutive(cell, editor, backbone, originals, options, shown, tell)
+        else:
+            points, after = _at_once(cell, editor, backbone, originals, options, shown, tell)
+    answers = [
+        {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after.get(at, "")}
+        for at, text in before.items()
+        for record, kind, prompt, gold in [at]
+    ]
+    return {"points": points, "answers": answers, "memory": {"before": memory.before, "peak": memory.peak}}
+
+
+def _at_once(
+    cell: Cell,
+    editor: Editor,
+    backbone: Backbone,
+    originals: Answers,
+    options: dict[str, Any],
+    shown: int,
+    tell: Progress,
+) -> tuple[list[dict[str, Any]], dict[Any, str]]:
+    after: dict[Any, str] = {}
+    wanted = {record.id for record in cell.records[:shown]}
+
+    def look(edited: Edited, records: Sequence[EditRecord]) -> None:
+        _read(edited, [r for r in records if r.id in wanted], after)
+
+    judge = judge_of(options["protocol"], originals, options["exact_match"])[1]
+    size = 1 if cell.mode == "single" else len(cell.records)
+    evaluation = judge(
+        editor,
+        backbone,
+        cell.records,
+        size,
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        progress=tell,
+        look=look,
+    )
+    return [_point(evaluation, len(cell.records) if cell.mode == "batch" else 1, {})], after
+
+
+def _consecutive(
+    cell: Cell,
+    editor: Editor,
+    backbone: Backbone,
+    originals: Answers,
+    options: dict[str, Any],
+    shown: int,
+    tell: Progress,
+) -> tuple[list[dict[str, Any]], dict[Any, str]]:
+    points: list[dict[str, Any]] = []
+    after: dict[Any, str] = {}
+
+    def at(reached: Checkpoint) -> None:
+        norms = {name: n._asdict() for name, n in reached.norms.items()}
+        points.append(_point(reached.evaluation, reached.evaluation.pool_size, norms))
+
+    consecutive(
+        editor,
+        backbone,
+        cell.records,
+        cell.batch,
+        cell.edits,
+        exact_match=options["exact_match"],
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        originals=originals,
+        progress=tell,
+        at_checkpoint=at,
+        at_end=lambda edited: _read(edited, cell.records[:shown], after),
+    )
+    return points, after
+
+
+def _point(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "edits": edits,
+        "metrics": evaluation.aggregates,
+        "edit_seconds": evaluation.edit_seconds,
+        "answer_seconds": evaluation.answer_seconds,
+        "edited": evaluation.settings.get("records", len(evaluation.records)),
+        "settings": evaluation.settings,
+        "norms": norms,
+        "records": evaluation.records,
+    }
+
+
+def _read(edited: Edited, records: Sequence[EditRecord], to: dict[Any, str]) -> None:
+    """Generated answers to the first question of every sort, by (record id, sort, prompt, gold answer)."""
+    asked = [
+        (record.id, sort, queries[0].prompt, queries[0].target)
+        for record in records
+        for sort, queries in questions(record).items()
+        if queries and queries[0].prompt
+    ]
+    if asked:
+        to |= zip(asked, edited.generate([prompt for _, _, prompt, _ in asked], NEW_TOKENS), strict=True)
+
+
+@contextmanager
+def held(backbone: Backbone, every: float = 0.05) -> Iterator[Memory]:
+    """The most memory held within a `with`: of the GPU where the model is on one, else this process's resident set.
+
+    Args:
+        every: seconds between two looks at the resident set.
+    """
+    memory = Memory()
+    if backbone.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(backbone.device)
+        memory.before = torch.cuda.memory_allocated(backbone.device)
+        try:
+            yield memory
+        finally:
+            memory.peak = torch.cuda.max_memory_allocated(backbone.device)
+        return
+    process, done = psutil.Process(), threading.Event()
+    memory.before = memory.peak = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(every):
+            memory.peak = max(memory.peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        watcher.join()

@@ -1,0 +1,116 @@
+"""Figures of a benchmark: metrics over the number of edits, generality against locality, time and memory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trainers.benchmark.tables import Result, metrics_of, peak, points, seconds_per_edit
+from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, over_edits
+from trainers.callbacks.figures import blank, open_axes
+
+
+def write_figures(results: Sequence[Result], folder: Path) -> None:
+    """One file for each data set and mode that has something to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for dataset in dict.fromkeys(r["dataset"] for r in results):
+        of = [r for r in results if r["dataset"] == dataset]
+        for name, figure in (("edits", over_number(of)), ("trade", trade(of)), ("cost", cost(of))):
+            if figure is not None:
+                figure.savefig(folder / f"{dataset}-{name}.png")
+
+
+def over_number(results: Sequence[Result]) -> Figure | None:
+    """A panel a metric: its value over the number of edits, an editor a colour, a mode a dash."""
+    at: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    for result, point in points(results):
+        at.setdefault((result["editor"], result["mode"]), []).append((point["edits"], point["metrics"]))
+    stops = sorted({n for found in at.values() for n, _ in found})
+    columns = metrics_of([m for found in at.values() for _, m in found])
+    if len(stops) < 2 or not columns:
+        return None
+    figure = blank(3.2 * len(columns), 3.8)
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    look, modes = _looks(results), list(dict.fromkeys(mode for _, mode in at))
+    for axes, (metric, title) in zip(panels, columns, strict=True):
+        for (editor, mode), found in at.items():
+            colour, marker = look[editor]
+            line = sorted((n, m[metric]["value"]) for n, m in found if metric in m)
+            style = DASHES[modes.index(mode)]
+            first = mode == next(m for e, m in at if e == editor)
+            axes.plot(
+                *zip(*line, strict=True),
+                style,
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                label=editor if first else f"_{editor} ({mode})",  # in no legend
+            )
+        for mode, style in zip(modes if len(modes) > 1 else (), DASHES, strict=False):
+            axes.plot([], [], style, color="black", label=mode)
+        axes.set(title=title, ylim=(-0.03, 1.03))
+        over_edits(axes, stops)
+    legend(figure, panels[0])
+    return figure
+
+
+def trade(results: Sequence[Result]) -> Figure | None:
+    """Generality against locality: a point an editor, a panel a number of edits and mode."""
+    groups: dict[str, list[tuple[str, float, float]]] = {}
+    for result, point in points(results):
+        generality, locality = (_first(point["metrics"], sort) for sort in ("generality/", "locality/"))
+        if generality is not None and locality is not None:
+            groups.setdefault(f"{point['edits']}, {result['mode']}", []).append(
+                (result["editor"], generality, locality)
+            )
+    if not groups:
+        return None
+    figure = blank(3.2 * len(groups), 3.8)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    look = _looks(results)
+    for axes, (title, found) in zip(panels, groups.items(), strict=True):
+        for editor, generality, locality in found:
+            colour, marker = look[editor]
+            axes.plot([generality], [locality], marker, color=colour, label=editor, markersize=7)
+        axes.set(title=f"{title}", xlabel="generality", ylabel="locality", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        open_axes(axes)
+    legend(figure, panels[0])
+    return figure
+
+
+def cost(results: Sequence[Result]) -> Figure | None:
+    """Seconds an edit, and memory above what was held before, by editor, at the largest number of edits."""
+    largest = max((p["edits"] for _, p in points(results)), default=0)
+    rows = [(r["editor"], seconds_per_edit(p), peak(r)) for r, p in points(results) if p["edits"] == largest]
+    rows = list({name: (name, s, m) for name, s, m in rows}.values())
+    if not rows:
+        return None
+    figure = blank(7.2, 0.9 + 0.28 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    look = _looks(results)
+    for axes, i, title in ((left, 1, "seconds an edit"), (right, 2, "memory more, MiB")):
+        axes.barh([r[0] for r in rows], [r[i] for r in rows], color=[look[r[0]][0] for r in rows], height=0.65)
+        _readable(axes, title)
+    left.invert_yaxis()
+    figure.suptitle(f"{largest} edits", fontsize=10)
+    return figure
+
+
+def _first(metrics: Mapping[str, Any], sort: str) -> float | None:
+    """The main metric of a sort."""
+    return next((metrics[m]["value"] for m, _ in metrics_of([metrics]) if m.startswith(sort)), None)
+
+
+def _looks(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
+    editors = dict.fromkeys(r["editor"] for r in results)
+    return {n: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i, n in enumerate(editors)}
+
+
+def _readable(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,138 @@
+"""What a benchmark is made of: data sets, runs, and the cells that they and the editors span."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.records import EditRecord
+from datamodules.sources import Source
+from trainers.evaluation_run import Protocol
+
+Mode = Literal["single", "batch", "sequential", "consecutive"]
+
+
+@dataclass
+class GridDataset:
+    """Records, and by which protocol they are judged.
+
+    Args:
+        data: where they come from.
+        protocol: as `--protocol` of trainers.evaluate.
+        exact_match: of the default protocol: also generate and compare whole answers.
+        queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
+    """
+
+    data: list[Source]
+    protocol: Protocol = "default"
+    exact_match: bool = False
+    queries_per_kind: int | None = None
+
+
+@dataclass
+class GridRun:
+    """How records are edited.
+
+    Args:
+        mode: as `--mode` of trainers.evaluate.
+        edits: of `batch`: numbers of records edited at once, each a cell; of `sequential` and `consecutive`: the
+            numbers of records so far at which is evaluated; of `single`: how many records, each edited by itself.
+        batch: of `consecutive`: records of one edit.
+
+    Raises:
+        ValueError: for no or non-positive numbers, or a batch that the mode does not take.
+    """
+
+    mode: Mode
+    edits: list[int]
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.edits or min(self.edits) < 1:
+            raise ValueError(f"benchmark.runs: edits must be positive numbers, got {self.edits} for mode {self.mode}")
+        if (self.mode == "consecutive") != (self.batch is not None) or (self.batch is not None and self.batch < 1):
+            raise ValueError(f"benchmark.runs: mode consecutive needs a batch, and no other takes one; got {self}")
+        self.edits = sorted(set(self.edits))
+
+    @property
+    def steps(self) -> int:
+        """Records of one edit."""
+        return 1 if self.mode in ("single", "sequential") else self.batch or 0
+
+
+@dataclass
+class Benchmark:
+    """A grid: every editor on every data set in every run.
+
+    Args:
+        datasets: by the names that results are filed under.
+        runs: modes and numbers of edits.
+        out: the folder of results. What is finished there, of the same editor, weights, records and run, is kept.
+        workers: processes that take cells; on GPUs each has one of its own. 0: as many as there are GPUs, else 1.
+        answers: of so many records of each cell, generated answers are kept for reading.
+    """
+
+    datasets: dict[str, GridDataset]
+    runs: list[GridRun]
+    out: str = "runs/benchmark"
+    workers: int = 0
+    answers: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.datasets or not self.runs:
+            raise ValueError("benchmark needs datasets and runs")
+        wrong = [name for name in self.datasets if not re.fullmatch(r"[\w.+-]+", name)]
+        if wrong:
+            raise ValueError(f"benchmark.datasets: {wrong[0]!r} will name a folder: use letters, digits, _ . + -")
+        if min(self.workers, self.answers) < 0:
+            raise ValueError(f"benchmark: workers and answers must not be negative, got {self.workers}, {self.answers}")
+
+    def most(self) -> int:
+        """The records that the largest run needs."""
+        return max(n for run in self.runs for n in run.edits)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One editor on one data set in one run.
+
+    Args:
+        editor: its name.
+        facts: what the editor was made of.
+        records: those that are edited.
+        about: everything else that the result hangs on, as JSON values.
+    """
+
+    dataset: str
+    editor: str
+    mode: Mode
+    edits: tuple[int, ...]
+    batch: int
+    records: Sequence[EditRecord] = field(repr=False)
+    facts: dict[str, Any] = field(repr=False)
+    about: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}, {self.mode} {'/'.join(map(str, self.edits))}, {self.editor}"
+
+    def file(self, out: Path) -> Path:
+        run = f"{self.mode}-{'-'.join(map(str, self.edits))}" + (f"-by{self.batch}" if self.batch > 1 else "")
+        return out / "cells" / self.dataset / run / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', self.editor)}.json"
+
+    def key(self) -> str:
+        """A hash of all that the result hangs on."""
+        texts = [record.to_json() for record in self.records]
+        told = [self.dataset, self.editor, self.mode, self.edits, self.batch, texts, self.facts, self.about]
+        return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def spans(run: GridRun) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Of each cell of a run: how many records it takes, and the numbers of edits that it is evaluated at."""
+    if run.mode in ("sequential", "consecutive"):
+        yield run.edits[-1], tuple(run.edits)
+    else:
+        yield from ((n, (n,)) for n in run.edits)

@@ -1,0 +1,215 @@
+"""Run the cells of a benchmark that are not there yet, by one process or several, and write what all of them say.
+
+out/cells/<data set>/<run>/<editor>.json   one cell, whole or not there, with per-record results in EasyEdit's shape
+out/results.csv                            every metric of every cell, a line each
+out/tables.md, out/tables.tex              as in papers: editors down, metrics across
+out/figures/*.png                          over the number of edits; generality against locality; time and memory
+out/answers.html                           answers side by side; opens without a server
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from datamodules.sources import load
+from modules.backbone import Backbone
+from modules.editor import Edited
+from modules.evaluation import Answers
+from modules.export import versions
+from modules.fingerprint import weights_hash
+from trainers.benchmark.answers import write_answers
+from trainers.benchmark.cell import run_cell
+from trainers.benchmark.figures import write_figures
+from trainers.benchmark.grid import Benchmark, Cell, GridDataset, spans
+from trainers.benchmark.tables import write_csv, write_tables
+from trainers.editors import Chosen
+from trainers.evaluation_run import check_records, drawn
+from trainers.report import command_line, write_json
+from trainers.workers import Specs, built, nth_device, prepare
+
+log = logging.getLogger(__name__)
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    specs: Specs,
+    backbone: Backbone,
+    editors: Sequence[Chosen],
+    seed: int = 0,
+    batch_size: int = 32,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Run what is not finished yet; write tables, figures and answers of everything.
+
+    A cell that fails is named with the reason, the others go on, and the next call tries it again.
+
+    Args:
+        specs: what worker processes build backbone and editors from.
+        backbone, editors: the same, in this process.
+        seed: draws the records, and the bootstrap.
+
+    Returns:
+        The results of all cells, in the grid's order.
+
+    Raises:
+        ValueError: where a data set has fewer records than a run needs.
+    """
+    console = console or Console()
+    out = Path(benchmark.out)
+    cells = list(plan(benchmark, backbone, editors, seed, batch_size))
+    done = {cell: found for cell in cells if (found := _finished(cell, out)) is not None}
+    left = [cell for cell in cells if cell not in done]
+    if done:
+        console.print(f"{len(done)} of {len(cells)} cells are finished in {out}", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("", total=sum(map(_work, left)))
+        for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, shown, task), 1):
+            write_json(cell.file(out), {"key": cell.key(), **_about(cell, backbone), **result})
+            done[cell] = _finished(cell, out) or result
+            error = f": {result['error']}" if "error" in result else ""
+            console.print(f"[{n}/{len(left)}] {cell.name}{error}", style="red" if error else "", highlight=False)
+    results = [{**_about(cell, backbone), **done[cell]} for cell in cells]
+    write_csv(results, out / "results.csv")
+    write_tables(results, out)
+    write_figures(results, out / "figures")
+    write_answers(results, out / "answers.html")
+    console.print(f"written to {out}: results.csv, tables.md, tables.tex, figures, answers.html", highlight=False)
+    return results
+
+
+def plan(
+    benchmark: Benchmark, backbone: Backbone, editors: Sequence[Chosen], seed: int, batch_size: int
+) -> Iterator[Cell]:
+    """All cells. Runs of fewer edits take the first ones of those with more.
+
+    Raises:
+        ValueError: where a data set has fewer records than a run needs, or they or the mode do not fit its protocol.
+    """
+    weights = weights_hash(backbone.model)
+    for name, dataset in benchmark.datasets.items():
+        every = load(dataset.data)
+        if len(every) < benchmark.most():
+            raise ValueError(
+                f"benchmark.datasets.{name} has {len(every)} records, a run needs {benchmark.most()}: lower its edits"
+            )
+        records = drawn(every.records, len(every), benchmark.most(), seed, dataset.queries_per_kind)
+        check_records(dataset.protocol, records)
+        about = {"seed": seed, "batch_size": batch_size, "weights": weights, **_judged(dataset)}
+        for run in benchmark.runs:
+            if run.mode in ("sequential", "consecutive") and dataset.protocol != "default":
+                raise ValueError(f"benchmark.datasets.{name}: protocol {dataset.protocol} is of modes single and batch")
+            for count, edits in spans(run):
+                for chosen in editors:
+                    if run.mode in ("sequential", "consecutive") and chosen.editor.own_edit_only:
+                        continue  # an upper bound that is given each record's own edit has nothing to go on from
+                    yield Cell(
+                        name, chosen.editor.name, run.mode, edits, run.steps, records[:count], chosen.facts, about
+                    )
+
+
+def _judged(dataset: GridDataset) -> dict[str, Any]:
+    return {"protocol": dataset.protocol, "exact_match": dataset.exact_match}
+
+
+def _results(
+    benchmark: Benchmark,
+    specs: Specs,
+    backbone: Backbone,
+    editors: Sequence[Chosen],
+    left: Sequence[Cell],
+    shown: Progress,
+    task: Any,
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """(cell, result) as cells end."""
+    workers = min(benchmark.workers or max(1, torch.cuda.device_count()), max(1, len(left)))
+    if workers == 1:
+        known = {c.editor.name: c.editor for c in editors}
+        originals = Answers(Edited(backbone))
+        for cell in left:
+            shown.update(task, description=cell.name)
+            start = shown.tasks[0].completed
+            yield (
+                cell,
+                _safely(
+                    cell, known[cell.editor], backbone, originals, benchmark.answers, lambda n: shown.advance(task, n)
+                ),
+            )
+            shown.update(task, completed=start + _work(cell))
+        return
+    context = multiprocessing.get_context("spawn")  # what has used CUDA must not be forked
+    devices = context.Queue()
+    for i in range(workers):
+        devices.put(nth_device(i))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, context, prepare, (specs, devices, threads)) as pool:
+        shown.update(task, description=f"{workers} processes")
+        pending: dict[Future[dict[str, Any]], Cell] = {
+            pool.submit(_in_worker, cell, benchmark.answers): cell for cell in left
+        }
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                cell = pending.pop(future)
+                shown.advance(task, _work(cell))
+                yield cell, future.result()
+
+
+_originals: list[Answers] = []  # of a worker process: the unedited model is asked each question once
+
+
+def _in_worker(cell: Cell, answers: int) -> dict[str, Any]:
+    backbone, known = built()
+    if not _originals:
+        _originals.append(Answers(Edited(backbone)))
+    return _safely(cell, known[cell.editor], backbone, _originals[0], answers, lambda _: None)
+
+
+def _safely(cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, tell: Any) -> dict[str, Any]:
+    try:
+        return run_cell(cell, editor, backbone, originals, cell.about, answers, tell)
+    except Exception as error:  # whatever one cell does, the others' hours of work go on
+        log.debug("%s failed", cell.name, exc_info=True)
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _work(cell: Cell) -> int:
+    """Records edited and evaluated."""
+    if cell.mode in ("sequential", "consecutive"):
+        return len(cell.records) + sum(cell.edits)
+    return len(cell.records)
+
+
+def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
+    return {
+        "dataset": cell.dataset,
+        "editor": cell.editor,
+        "mode": cell.mode,
+        "batch": cell.batch,
+        "edits": list(cell.edits),
+        "protocol": cell.about["protocol"],
+        "seed": cell.about["seed"],
+        "facts": cell.facts,
+        "backbone": asdict(backbone.config),
+        "versions": versions(),
+        "command": command_line(),
+    }
+
+
+def _finished(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """The cell's result, where it is there, of the same setup, and no failure."""
+    try:
+        found = json.loads(cell.file(out).read_text(encoding="utf-8"))
+        same = found["key"] == cell.key() and "error" not in found
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if same else None

@@ -1,0 +1,164 @@
+"""A benchmark's results as CSV, and as tables in Markdown and LaTeX, one for each data set and run."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainers.report import COLUMNS, write_text
+
+FIELDS: tuple[str, ...] = (
+    "dataset",
+    "mode",
+    "batch",
+    "edits",
+    "editor",
+    "protocol",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "records",
+    "seconds_per_edit",
+    "peak_mib",
+    "seed",
+)
+Result = Mapping[str, Any]
+
+
+def points(results: Sequence[Result]) -> Iterator[tuple[Result, dict[str, Any]]]:
+    """Every cell that did not fail, with each of its numbers of edits."""
+    for result in results:
+        for point in result.get("points", ()):
+            yield result, point
+
+
+def write_csv(results: Sequence[Result], file: Path) -> None:
+    """Every metric of every cell, a line each; the interval is of 95%."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for result, point in points(results):
+        line = {name: result[name] for name in ("dataset", "mode", "batch", "editor", "protocol", "seed")}
+        line |= {
+            "edits": point["edits"],
+            "seconds_per_edit": f"{seconds_per_edit(point):.6g}",
+            "peak_mib": peak(result),
+        }
+        for metric, cell in point["metrics"].items():
+            low, high = (f"{x:.6g}" for x in cell["ci"])
+            writer.writerow(
+                line
+                | {"metric": metric, "value": f"{cell['value']:.6g}", "low": low, "high": high}
+                | {"records": cell["records"]}
+            )
+    write_text(file, text.getvalue())
+
+
+def write_tables(results: Sequence[Result], out: Path) -> None:
+    """tables.md and tables.tex: a table for each data set, mode and number of edits; the best of a column in bold."""
+    markdown, latex = [], []
+    for title, heads, rows, notes in _tables(results):
+        lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+        lines += [[name, *(f"**{text}**" if best else text for text, best in row)] for name, row in rows]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        markdown.append("\n\n".join([f"## {title}", body, *notes]))
+        latex.append(_latex(title, heads, rows))
+    write_text(out / "tables.md", "\n\n".join(markdown) + "\n")
+    write_text(out / "tables.tex", "% needs \\usepackage{booktabs}\n" + "\n".join(latex))
+
+
+def seconds_per_edit(point: Mapping[str, Any]) -> float:
+    return point["edit_seconds"] / max(1, point["edited"])
+
+
+def peak(result: Result) -> int:
+    """Memory at the peak in MiB, above what was held before."""
+    return round((result["memory"]["peak"] - result["memory"]["before"]) / 2**20)
+
+
+def metrics_of(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(metric, title) of the main metrics that any of these has, in the order of the project's tables."""
+    present = {metric for metrics in cells for metric in metrics}
+    known = [(metric, title) for metric, title, _ in COLUMNS if metric in present]
+    return known or [(metric, metric) for metric in sorted(present)]
+
+
+Row = tuple[str, list[tuple[str, bool]]]
+
+
+def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Row], list[str]]]:
+    """(title, heads, rows of (editor, cells of (text, is the best)), notes)."""
+    groups: dict[tuple[Any, ...], list[tuple[Result, dict[str, Any]]]] = {}
+    for result, point in points(results):
+        key = (result["dataset"], result["mode"], result["batch"], point["edits"])
+        groups.setdefault(key, []).append((result, point))
+    failed = [r for r in results if "error" in r]
+    for (dataset, mode, batch, edits), members in groups.items():
+        of = f"{edits} edits" if edits > 1 else "single edits"
+        how = mode + (f" by {batch}" if mode == "consecutive" else "")
+        columns = metrics_of([point["metrics"] for _, point in members])
+        best = {
+            metric: max(
+                (
+                    round(p["metrics"][metric]["value"], 3)
+                    for r, p in members
+                    if metric in p["metrics"] and _competes(r, p)
+                ),
+                default=None,
+            )
+            for metric, _ in columns
+        }
+        rows: list[Row] = []
+        for result, point in members:
+            texts = []
+            for metric, _ in columns:
+                cell = point["metrics"].get(metric)
+                top = cell is not None and round(cell["value"], 3) == best[metric] and _competes(result, point)
+                texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
+            texts += [(f"{seconds_per_edit(point):.2f}", False), (str(peak(result)), False)]
+            rows.append((result["editor"], texts))
+        counts = {cell["records"] for _, p in members for cell in p["metrics"].values()}
+        records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
+        notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
+        notes += [
+            f"{r['editor']} failed: {r['error']}"
+            for r in failed
+            if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch) and edits in r["edits"]
+        ]
+        heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
+        yield f"{dataset}, {how}, {of}", heads, rows, notes
+
+
+def _competes(result: Result, point: Mapping[str, Any]) -> bool:
+    """The unedited model and upper bounds are there to compare with, not to win."""
+    return result["editor"] != "unedited" and not point["settings"].get("own_edit_only", False)
+
+
+def _percent(cell: Mapping[str, Any]) -> str:
+    low, high = (100 * x for x in cell["ci"])
+    return f"{100 * cell['value']:.1f} ({low:.0f}-{high:.0f})"
+
+
+def _latex(title: str, heads: list[str], rows: list[Row]) -> str:
+    body = [" & ".join([_escaped(n), *(f"\\textbf{{{t}}}" if best else t for t, best in row)]) for n, row in rows]
+    return "\n".join(
+        [
+            "\\begin{table}",
+            f"\\caption{{{_escaped(title)}}}",
+            f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+            "\\toprule",
+            " & ".join(map(_escaped, heads)) + " \\\\",
+            "\\midrule",
+            *(f"{line} \\\\" for line in body),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+            "",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{c}" if c in "_%&#$" else c for c in text)
