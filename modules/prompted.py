@@ -161,7 +161,7 @@ class _Begun(Edited):
         self._prefix = (out.last_hidden_state[0, -1], out.past_key_values)
 
 
-def _shared(rows: Sequence[Sequence[int]]) -> int:
+def _shared(rows: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all rows begin with."""
     first, last = min(rows), max(rows)  # in the order of their tokens, so that the others lie between
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

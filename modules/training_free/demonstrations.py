@@ -31,7 +31,7 @@ Kind = Literal["copy", "update", "retain"]
 CACHE_FOLDER = "PALIMPSEST_CACHE"
 VERSION = 1  # of what is encoded: a change makes old files unknown
 CHUNK = 1024  # records, or texts, at a time
-SPARE = 16  # training edits beyond those wanted, for the ones that cannot be shown
+SPARE = 64  # training edits beyond those wanted, for the ones that cannot be shown
 
 
 def fact(request: EditRequest) -> str:

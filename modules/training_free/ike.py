@@ -49,7 +49,8 @@ class IKE(PromptEditor):
     @property
     def kinds(self) -> list[Kind]:
         """As what the training edits of one edit are shown."""
-        return ["copy"] * self.copy + ["update"] * self.update + ["retain"] * self.retain
+        counts: dict[Kind, int] = {"copy": self.copy, "update": self.update, "retain": self.retain}
+        return [kind for kind, count in counts.items() for _ in range(count)]
 
     @cached_property
     def corpus(self) -> Demonstrations:
