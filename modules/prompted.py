@@ -138,7 +138,7 @@ class Prompted(Remembering):
             yield self, batch, 0
 
     def _fitting(self, prompt: str, context: Context, room: int) -> str:
-        window = getattr(self.backbone.model.config, "max_position_embeddings", None)
+        window: int = getattr(self.backbone.model.config, "max_position_embeddings", None) or 0
 
         def fits(dropped: int) -> bool:
             return len(self._encode(prompt, "", context.text(dropped)).ids) + room <= window
