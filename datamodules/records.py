@@ -60,12 +60,15 @@ class Query:
         hops: the facts that the answer rests on besides the record's own edits, where the source names them. A model
             that does not know one of them cannot answer however well it is edited, so UniEdit edits it in before.
         criteria: what the query tests, by the names of the source (UniEdit: see `readers.uniedit`).
+        conditions: what the unedited model must be able to answer for this query to tell anything about an edit, where
+            the source names it (RippleEdits).
     """
 
     prompt: str
     answers: tuple[str, ...]
     hops: tuple[EditRequest, ...] = ()
     criteria: tuple[str, ...] = ()
+    conditions: "tuple[Query, ...]" = ()
 
     def __post_init__(self) -> None:
         if not self.answers or not all(isinstance(a, str) and a.strip() for a in self.answers):
@@ -131,6 +134,7 @@ def _queries(raw: list[dict[str, Any]]) -> tuple[Query, ...]:
             tuple(q["answers"]),
             tuple(EditRequest(**r) for r in q.get("hops", ())),
             tuple(q.get("criteria", ())),
+            _queries(q.get("conditions", [])),
         )
         for q in raw
     )
@@ -138,7 +142,7 @@ def _queries(raw: list[dict[str, Any]]) -> tuple[Query, ...]:
 
 def _given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """Few sources have these fields: records of the others are written without them."""
-    return {name: value for name, value in fields if value or name not in ("fact", "hops", "criteria")}
+    return {name: value for name, value in fields if value or name not in ("fact", "hops", "criteria", "conditions")}
 
 
 def join(prompt: str, target: str) -> str:

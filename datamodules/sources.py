@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import Dataset
 
 from datamodules.readers import FORMATS, read
+from datamodules.readers.hub import is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash
 
@@ -31,7 +32,8 @@ class Source:
     Args:
         format: name of the format, one of `datamodules.readers.FORMATS`.
         path: the file, looked for from the working directory and then below the folder named by the environment
-            variable PALIMPSEST_DATA; for "hub" the data set's name; none for records that are generated ("facts").
+            variable PALIMPSEST_DATA; `hub:owner/name:split` on the Hugging Face hub (see `readers.hub`); for "hub" the
+            data set's name; none for records that are generated ("facts").
         options: further arguments of the format's reader, such as `split: val` for "facts".
         limit: take the first records only, this many at most.
         sample: of those, draw so many by `seed`; all of them where they are fewer. The few-shot rows of IBKE draw 512
@@ -70,12 +72,12 @@ class Source:
         return f"{self.format} {self.path}" if self.path else self.format
 
     def located(self) -> Path | None:
-        """The file or folder that is read; None where the format reads neither.
+        """The file or folder that is read; None where there is none or it is on the hub.
 
         Raises:
             FileNotFoundError: names the path and the places where it was looked for.
         """
-        if self.path is None or self.format == "hub":
+        if self.path is None or self.format == "hub" or is_hub(self.path):
             return None
         folder = os.environ.get(DATA_FOLDER)
         places = [Path.cwd(), *([Path(folder).expanduser()] if folder else [])]

@@ -203,12 +203,16 @@ def _refuse_unknown(what: str, given: Mapping[str, Any], known: Mapping[str, Any
 
 
 def _over(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`more` over `base`, mappings within them likewise."""
+    """`more` over `base`, mappings of names within them likewise; one of numbers ({10: 5}) is a value, and replaced."""
     merged = dict(base)
     for key, value in more.items():
         old = merged.get(key)
-        merged[key] = _over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = _over(old, value) if _named(old) and _named(value) else value
     return merged
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,9 @@ from datamodules.records import EditRecord
 
 # By name rather than by import: a reader is loaded when it is asked for.
 _READERS = {
+    "auto": "auto.read_auto",
     "counterfact": "counterfact.read_counterfact",
+    "dune": "dune.read_dune",
     "facts": "facts.read_facts",
     "facts_uniedit": "facts_uniedit.read_facts_uniedit",
     "hub": "pairs.read_hub",
@@ -18,6 +20,7 @@ _READERS = {
     "mquake": "mquake.read_mquake",
     "pairs": "pairs.read_pairs",
     "records": "own.read_records",
+    "ripple": "ripple.read_ripple",
     "uniedit": "uniedit.read_uniedit",
     "zsre": "zsre.read_zsre",
 }

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from datamodules.readers.hub import hub_file, hub_rows, is_hub
 from datamodules.records import EditRecord
 
 OnError = Literal["raise", "skip"]
@@ -27,16 +28,16 @@ class MalformedRecord(ValueError):
 def load_rows(path: str | Path) -> Iterator[Any]:
     """The rows of a JSON array or of JSON Lines, in the file's order; gzipped if the name ends in `.gz`.
 
-    JSON Lines are read one by one, an array at once. Blank lines are passed over.
+    JSON Lines are read one by one, an array at once. Blank lines are passed over. `hub:...` is read from the Hugging
+    Face hub, see `readers.hub`.
 
     Raises:
         FileNotFoundError: if there is no such file (at the call).
         ValueError: if the file is empty, holds no rows, or is not JSON or utf-8 (while reading); it names the line.
+        RuntimeError: if the hub does not give it (at the call).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path} (working directory {Path.cwd()}); check the configured path")
-    return _rows(path)
+    file = _file(path)
+    return hub_rows(path) if file is None else _rows(file)
 
 
 def load_keyed(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -45,18 +46,28 @@ def load_keyed(path: str | Path) -> Iterator[tuple[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: see `load_rows`; ValueError also if the file is not one JSON object.
     """
-    path = Path(path)
-    if not path.is_file():
+    file = _file(path)
+    if file is None:
+        raise ValueError(
+            f"{path} names a split, but this format is one JSON object: name the file, as hub:...:file.json"
+        )
+    return _members(file)
+
+
+def _file(path: str | Path) -> Path | None:
+    """The file on disk, or None for a split on the hub."""
+    file = hub_file(path) if is_hub(path) else Path(path)
+    if file is not None and not file.is_file():
         raise FileNotFoundError(f"no data file {path} (working directory {Path.cwd()}); check the configured path")
-    return _members(path)
+    return file
 
 
 def _members(path: Path) -> Iterator[tuple[str, Any]]:
     with _readable(path), _opened(path) as file:
         content = file.read()
-    members = _parse(content, path, 1, "the file must be one JSON object of records by id") if content.strip() else {}
+    members = _parse(content, path, 1, "the file must be one JSON object") if content.strip() else {}
     if not isinstance(members, dict):
-        raise ValueError(f"{path} must be one JSON object of records by id, not {type(members).__name__}")
+        raise ValueError(f"{path} must be one JSON object, not {type(members).__name__}")
     if not members:
         raise ValueError(f"{path} holds no records; fetch it again, or take it out of the configuration")
     yield from members.items()

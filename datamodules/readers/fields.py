@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from datamodules.readers.hub import is_hub
 from datamodules.records import Query
 
 
@@ -17,8 +18,11 @@ def record_id(row: Mapping[str, Any], path: str | Path, index: int) -> str:
 
 
 def stem(path: str | Path) -> str:
-    """A file's name without `.gz` and without its ending."""
-    return Path(Path(path).name.removesuffix(".gz")).stem
+    """A file's name without `.gz` and without its ending; of a split on the hub, name:split."""
+    name = Path(path).name.removesuffix(".gz")
+    if is_hub(path) and not name.endswith((".json", ".jsonl")):
+        return name
+    return Path(name.rpartition(":")[2] if is_hub(path) else name).stem
 
 
 def text(row: Mapping[str, Any], field: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from datamodules.readers import fields
 from datamodules.readers.base import OnError, load_rows, read_all
+from datamodules.readers.hub import load_table
 from datamodules.records import EditRecord, EditRequest, Query
 
 
@@ -75,13 +76,4 @@ def read_hub(
     Raises:
         RuntimeError: if the dataset cannot be loaded, for whatever reason.
     """
-    import datasets  # takes a second to import, which readers of local files need not wait for
-
-    try:
-        table: Any = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=False)
-    except Exception as error:  # the hub client's errors share no base class
-        raise RuntimeError(
-            f"cannot load dataset {name!r} (subset {subset!r}, split {split!r}, revision {revision!r}): {error}; check "
-            f"these names and the network, or save its rows as JSON Lines and read them with the format 'pairs'"
-        ) from error
-    return read_pairs(table, edit, text, stem, on_error, name=name, key=key)
+    return read_pairs(load_table(name, subset, split, revision), edit, text, stem, on_error, name=name, key=key)

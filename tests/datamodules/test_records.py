@@ -45,6 +45,7 @@ def test_json_and_back(records: list[EditRecord]) -> None:
         "ü/1",
         (EditRequest("a", "b", "a", None, "c"), EditRequest(text="東京")),
         portability={"hop": (Query("p", ("x",), (EditRequest("h", "i", fact=("Q1", "Q2")),), ("MH", "SA")),)},
+        locality={"near": (Query("l", ("m",), conditions=(Query("n", ("o", "p")),)),)},
         multi_hop=(Query("q", ("x", "y")),),
         domain="d",
     )
@@ -55,7 +56,7 @@ def test_json_and_back(records: list[EditRecord]) -> None:
 
 def test_fields_that_few_sources_have_are_written_only_where_they_are(records: list[EditRecord]) -> None:
     plain, hops = records[0].to_json(), EditRecord("h", (EditRequest("a", "b", fact=("Q1", "Q2")),)).to_json()
-    assert not any(f'"{name}"' in plain for name in ("hops", "criteria", "fact"))
+    assert not any(f'"{name}"' in plain for name in ("hops", "criteria", "conditions", "fact"))
     assert '"fact": ["Q1", "Q2"]' in hops
     assert EditRequest("a", "b", fact=["Q1", "Q2"]) == EditRequest("a", "b", fact=("Q1", "Q2"))  # type: ignore[arg-type]
 

@@ -138,3 +138,9 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path: Path, change: dict[str, A
 def test_two_editors_of_one_name_are_refused(nudge: str, tiny: Callable[..., Backbone]) -> None:
     with pytest.raises(ValueError, match="two editors are called 'nudge'; give each a name"):
         choose(read([nudge, {"editor": nudge, "layers": [2]}]), tiny())
+
+
+def test_a_mapping_of_numbers_is_replaced_as_a_whole() -> None:
+    """Contexts of 10 tokens in place of those of 5 and of 10, not beside them."""
+    counts = training_free({"editor": "rome", "contexts": {"counts": {10: 5}}}).resolved(None)["contexts"]["counts"]
+    assert counts == {"10": 5}

@@ -156,10 +156,11 @@ def test_items_wants_a_list_of_objects():
 
 def test_read_knows_formats_and_options(write):
     made = {"facts", "facts_uniedit"}
-    assert {"zsre", "counterfact", "knowedit", "mquake", "uniedit", "pairs", "records", "hub"} | made == set(FORMATS)
+    published = {"zsre", "counterfact", "knowedit", "mquake", "uniedit", "dune", "ripple"}
+    assert published | {"pairs", "records", "hub", "auto"} | made == set(FORMATS)
     path = write([{"prompt": "p", "target_new": "t"}])
     assert [r.request.target for r in read("knowedit", path)] == ["t"]
-    with pytest.raises(ValueError, match=r"unknown format 'zrse'; known formats: counterfact, .*zsre"):
+    with pytest.raises(ValueError, match=r"unknown format 'zrse'; known formats: auto, counterfact, .*zsre"):
         read("zrse", path)
     with pytest.raises(ValueError, match=r"format 'knowedit'.*'targte'.*parameters of its reader are: path, on_error"):
         read("knowedit", path, targte="alt")

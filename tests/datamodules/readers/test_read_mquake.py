@@ -1,7 +1,7 @@
 import pytest
 
 from datamodules.readers.base import MalformedRecord
-from datamodules.readers.mquake import read_mquake
+from datamodules.readers.mquake import conflicting, read_few_shot, read_mquake
 from datamodules.records import EditRequest, Query
 
 
@@ -41,8 +41,13 @@ def test_case(write):
     assert record.rephrases == (Query("Of what country is Zoë?", ("Oman",)),)
     assert [q.prompt for q in record.multi_hop] == ["Who rules Zoë's country?", "Who rules?", "Who?"]
     assert {q.answers for q in record.multi_hop} == {("Haitham", "Sultan")}
+    assert {q.criteria for q in record.multi_hop} == {("2_hops", "2_edits")}
     assert record.portability == {"single_hop": (Query("Q1?", ("Oman", "OM")), Query("C2", ("Haitham",)))}
     assert record.domain is None  # two relations
+
+
+def test_what_only_the_temporal_set_has_is_not_needed(write):
+    assert list(read_mquake(write([CASE | {"answer_extended": ["B"]}]))) == list(read_mquake(write([CASE])))
 
 
 def test_domain_of_one_relation(write):
@@ -102,3 +107,62 @@ def test_real_facts(real):
     akew = list(read_mquake(real("mquake/MQuAKE-CF.akew.json.gz"), unstructured=True))
     assert all(len(request.text or "") > 50 for r in akew for request in r.requests)
     assert (akew[0].request.text or "").startswith("Croatia, a country located in Southeast Europe")
+
+
+def chain(name, edited, *hops):
+    """A case that edits (subject, new) and rests on hops (subject, answer, alias, ...), all of one relation."""
+    asked = [
+        {"question": f"Of what country is {s}?", "cloze": f"{s} is", "answer": a, "answer_alias": more}
+        for s, a, *more in hops
+    ]
+    return CASE | {
+        "case_id": name,
+        "requested_rewrite": [rewrite(subject, new, "x") for subject, new in edited],
+        "new_single_hops": asked,
+    }
+
+
+def test_conflicts_across_cases(write):
+    rows = [
+        chain("rests on Bo", [("Al", "Bo")], ("Al", "Bo"), ("Bo", "Chad", "TD")),
+        chain("edits Bo", [("Bo", "Oman")], ("Bo", "Oman")),
+        chain("says the same", [("Cy", "Fiji")], ("Cy", "Fiji")),
+        chain("rests on Cy", [("Di", "Cy")], ("Di", "Cy"), ("Cy", "Republic of Fiji", "Fiji")),
+    ]
+    records = list(read_mquake(write(rows)))
+    assert conflicting(records) == [True, False, False, False]
+    assert conflicting(records[:1]) == [False]  # nothing contradicts it alone
+    kept = [r.id for r in read_mquake(write(rows), conflicts=False)]
+    assert kept == ["edits Bo", "says the same", "rests on Cy"]
+    assert records[0].multi_hop[0].criteria == ("2_hops", "1_edit")
+
+
+def test_two_cases_that_edit_one_fact_differently_contradict_each_other(write):
+    rows = [chain(str(i), [("Bo", new)], ("Bo", new)) for i, new in enumerate(["Oman", "Chad", "Oman"])]
+    records = list(read_mquake(write(rows)))
+    assert conflicting(records) == [True, True, True]
+    assert conflicting(records[::2]) == [False, False]
+
+
+@pytest.mark.parametrize(("name", "out"), [("MQuAKE-CF-3k", 674), ("MQuAKE-hard", 2), ("MQuAKE-CF.akew", 11)])
+def test_conflicts_of_real_files(real, name, out):
+    path = real(f"mquake/{name}.json.gz")
+    records = list(read_mquake(path))
+    assert sum(conflicting(records)) == out
+    assert len(list(read_mquake(path, conflicts=False))) == len(records) - out
+
+
+def test_demonstrations(tmp_path):
+    shown, relations = tmp_path / "multihop-prompts.txt", tmp_path / "rel-prompts.json"
+    shown.write_text("Q: a? A: b\n", encoding="utf-8")
+    relations.write_text('{"P1": "Q: c? A: d"}', encoding="utf-8")
+    assert read_few_shot(shown) == {"multi_hop": "Q: a? A: b"}
+    assert read_few_shot(shown, relations) == {"multi_hop": "Q: a? A: b", "relations": {"P1": "Q: c? A: d"}}
+    relations.write_text('{"P1": ["Q"]}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rel-prompts\.json: field 'P1' must be text"):
+        read_few_shot(shown, relations)
+    with pytest.raises(FileNotFoundError, match="of demonstrations"):
+        read_few_shot(tmp_path / "nowhere.txt")
+    shown.write_text(" ", encoding="utf-8")
+    with pytest.raises(ValueError, match="is empty"):
+        read_few_shot(shown)

@@ -1,0 +1,47 @@
+"""RippleEdits' conditions: a question tells something about an edit only where the unedited model knows what it needs.
+
+Source: Cohen et al. 2023, arXiv 2307.12976, section 4.2, and its released test runner.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from datamodules.records import EditRecord, Query
+from modules.editor import Edited
+from modules.protocols.text import generated, mentions
+
+
+def without_failed_conditions(
+    model: Edited, records: Sequence[EditRecord], batch_size: int = 32, max_new_tokens: int = 16
+) -> tuple[list[EditRecord], list[int]]:
+    """Leave out locality and portability questions with a condition that the unedited model does not meet.
+
+    A condition is met where the greedy continuation of its prompt has one of its answers in it, in whole words
+    (RippleEdits takes parts of words too, and 30 tokens). The records that come back can be judged by any protocol;
+    a kind whose questions are all left out is gone.
+
+    Args:
+        model: the unedited model.
+
+    Returns:
+        The records without those questions, and how many each of them lost.
+    """
+    asked = [
+        q for record in records for kinds in (record.locality, record.portability) for qs in kinds.values() for q in qs
+    ]
+    conditions = [condition for query in asked for condition in query.conditions]
+    texts = generated(model, [condition.prompt for condition in conditions], max_new_tokens, batch_size)
+
+    def met(kinds: Mapping[str, Sequence[Query]]) -> dict[str, tuple[Query, ...]]:
+        found = {
+            kind: tuple(q for q in queries if all(mentions(texts[c.prompt], c.answers) for c in q.conditions))
+            for kind, queries in kinds.items()
+        }
+        return {kind: queries for kind, queries in found.items() if queries}
+
+    kept = [replace(r, locality=met(r.locality), portability=met(r.portability)) for r in records]
+    return kept, [_count(before) - _count(after) for before, after in zip(records, kept, strict=True)]
+
+
+def _count(record: EditRecord) -> int:
+    return sum(map(len, (*record.locality.values(), *record.portability.values())))

@@ -1,0 +1,196 @@
+"""MQuAKE's protocol: few-shot answers to multi-hop questions, any of three, beside InComeS's score of the same cases.
+
+Source: Zhong et al. 2023, arXiv 2305.14795, section 3.3, and the evaluation notes of its repository. Edited facts are
+asked by their own cloze without demonstrations, unedited facts and multi-hop questions after demonstrations.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from datamodules.readers.mquake import HOP, conflicting
+from datamodules.records import EditRecord, Query
+from modules.backbone import Backbone
+from modules.editor import Edited, Editor
+from modules.evaluation import Answers, Evaluation, now, rewrite, split_pools
+from modules.metrics import PROTOCOLS, exact_match, summarise
+from modules.protocols.few_shot import FewShot
+from modules.protocols.text import first_line, generated
+
+MEASURES = (
+    "reliability/mquake_edit_wise",
+    "single_hop/mquake_instance_wise",
+    "multi_hop/mquake_accuracy",
+    "multi_hop/token_accuracy_max",
+)
+MQUAKE_PROTOCOLS: dict[str, str] = {
+    "reliability/mquake_edit_wise": "Share of a case's edits whose cloze is continued, greedily and without "
+    "demonstrations, by the new target or an alias of it (MQuAKE's edit-wise success; published over edits, here a "
+    "mean over cases).",
+    "single_hop/mquake_instance_wise": "1 where every fact of the case's new chain is known: the edited ones as above, "
+    "the unedited ones by question after eight demonstrations of their relation (MQuAKE's instance-wise accuracy).",
+    "multi_hop/mquake_accuracy": "1 where the greedy answer to any of the case's three questions, after MQuAKE's (or "
+    "this project's) demonstrations, is the new answer or an alias of it, letter by letter but for a full stop at the "
+    "end (MQuAKE's multi-hop accuracy).",
+    "multi_hop/token_accuracy_max": PROTOCOLS["multi_hop/token_accuracy_max"],
+    "<sort>/<n>_hops/<measure>": "The same over the cases with a chain of so many hops.",
+    "<sort>/<n>_edits/<measure>": "The same over the cases with so many edits (1_edit, 2_edits, ...).",
+}
+_DEFAULT = FewShot()
+
+
+def evaluate_mquake(
+    editor: Editor,
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    pool_size: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    originals: Answers | None = None,
+    progress: Callable[[int], None] | None = None,
+    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
+    few_shot: FewShot = _DEFAULT,
+    max_new_tokens: int | None = None,
+    conflicts: bool = False,
+) -> Evaluation:
+    """Edit the cases a pool at a time, each pool from the unedited backbone, and judge by MQuAKE's protocol.
+
+    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. All edits of a pool are made,
+    but a case that rests on a hop which another case of its pool edits to something else is not asked (see
+    `datamodules.readers.mquake.conflicting`): it has no right answer. Pools of 1 ask every case.
+
+    Args:
+        originals: not asked, since nothing here is measured against the unedited model; evaluate that by itself.
+        few_shot: the demonstrations; see `datamodules.readers.mquake.read_few_shot`.
+        max_new_tokens: length of an answer; by default 16, and 128 after a chain of thought.
+        conflicts: ask the contradicted cases too.
+
+    Raises:
+        ValueError: without records, with a pool size below 1, for records without multi-hop questions, or where every
+            case is contradicted; and whatever the editor raises.
+    """
+    pools, dropped = split_pools(records, pool_size)
+    check_mquake(records)
+    left_out = [[False] * len(pool) if conflicts else conflicting(pool) for pool in pools]
+    if all(out for of_pool in left_out for out in of_pool):
+        raise ValueError(
+            "every case is contradicted by another one of its pool; take smaller pools, or conflicts: true"
+        )
+    results: list[dict[str, Any]] = []
+    edit_seconds = answer_seconds = 0.0
+    for pool, of_pool in zip(pools, left_out, strict=True):
+        cases = list(zip(pool, of_pool, strict=True))
+        for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
+            if asked := [record for record, out in group if not out]:
+                start = now(backbone)
+                with editor.edit(backbone, [request for record, _ in group for request in record.requests]) as edited:
+                    ready = now(backbone)
+                    results += _judged(edited, asked, few_shot, max_new_tokens, batch_size)
+                    edit_seconds += ready - start
+                    answer_seconds += now(backbone) - ready
+                    if look:
+                        look(edited, asked)
+            if progress:
+                progress(len(group))
+    settings = {
+        "protocol": "mquake",
+        "demonstrations": "own" if few_shot.multi_hop == _DEFAULT.multi_hop else "given",
+        "demonstrations_by_relation": len(few_shot.relations),
+        "chain_of_thought": few_shot.thinks,
+        "batch_size": batch_size,
+        "own_edit_only": editor.own_edit_only,
+        "pools": len(pools),
+        "records": len(results),
+        "records_dropped": dropped,
+        "records_contradicted": sum(map(sum, left_out)),
+        "bootstrap_seed": seed,
+    }
+    aggregates = summarise(results, seed=seed, values=mquake_values)
+    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+
+def check_mquake(records: Iterable[EditRecord]) -> None:
+    """Refuse records that the protocol cannot judge.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for record in records:
+        if not record.multi_hop:
+            raise ValueError(f"--protocol mquake: record {record.id!r} has no multi-hop questions; read MQuAKE")
+
+
+def mquake_values(answers: Mapping[str, Any]) -> dict[str, float]:
+    """Metric name -> value of one case, from the `post` of a result."""
+    columns = (
+        (MEASURES[0], answers["rewrite_em"], lambda hits: sum(hits) / len(hits)),
+        (MEASURES[1], answers["single_hop_em"], min),
+        (MEASURES[2], answers["multi_hop_em"], max),
+        (MEASURES[3], answers["multi_hop_acc"], max),
+    )
+    values = {}
+    for name, found, together in columns:
+        if found:
+            sort, measure = name.split("/")
+            for place in (sort, *(f"{sort}/{criterion}" for criterion in answers["criteria"])):
+                values[f"{place}/{measure}"] = float(together(found))
+    return values
+
+
+def same_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text is one of the answers, but for white space and a full stop at the end."""
+    return text.strip().rstrip(".") in {answer.strip().rstrip(".") for answer in answers}
+
+
+def _judged(
+    edited: Edited, cases: Sequence[EditRecord], few_shot: FewShot, max_new_tokens: int | None, batch_size: int
+) -> list[dict[str, Any]]:
+    short = max_new_tokens or 16
+    clozes = [request.prompt for case in cases for request in case.requests if request.target]
+    hops = [few_shot.ask_hop(hop.prompt) for case in cases for hop in _unedited(case)]
+    texts = generated(edited, [*clozes, *hops], short, batch_size)
+    questions = [few_shot.ask(query.prompt) for case in cases for query in case.multi_hop]
+    long = max_new_tokens or (128 if few_shot.thinks else 16)
+    said = {prompt: few_shot.answer(text) for prompt, text in generated(edited, questions, long, batch_size).items()}
+    forced = Answers(edited)
+    forced.ask([replace(case, rephrases=(), locality={}, portability={}) for case in cases], batch_size=batch_size)
+    return [_result(case, few_shot, texts, said, forced) for case in cases]
+
+
+def _result(
+    case: EditRecord, few_shot: FewShot, texts: Mapping[str, str], said: Mapping[str, str], forced: Answers
+) -> dict[str, Any]:
+    aliases = {answer: hop.answers for hop in reversed(case.portability.get(HOP, ())) for answer in hop.answers[:1]}
+    recalled = [
+        float(exact_match(texts[request.prompt], (request.target, *aliases.get(request.target, ()))))
+        for request in case.requests
+        if request.target
+    ]
+    known = [
+        float(same_answer(first_line(texts[few_shot.ask_hop(hop.prompt)]), hop.answers)) for hop in _unedited(case)
+    ]
+    answered = [said[few_shot.ask(query.prompt)] for query in case.multi_hop]
+    criteria = case.multi_hop[0].criteria
+    post = {
+        "rewrite_em": recalled,
+        "single_hop_em": recalled + known if _whole_chain(case) else [],
+        "multi_hop_em": [float(same_answer(a, q.answers)) for a, q in zip(answered, case.multi_hop, strict=True)],
+        "multi_hop_acc": [
+            round(max(forced.scores[query.prompt, answer].accuracy for answer in query.answers), 6)
+            for query in case.multi_hop
+        ],
+        "multi_hop_answers": answered,
+        "criteria": list(criteria),
+    }
+    return {"case_id": case.id, "requested_rewrite": rewrite(case), "post": post}
+
+
+def _unedited(case: EditRecord) -> list[Query]:
+    """The hops of the new chain that no edit of the case is about."""
+    own = {request.prompt for request in case.requests} | {query.prompt for query in case.rephrases}
+    return [hop for hop in case.portability.get(HOP, ()) if hop.prompt not in own]
+
+
+def _whole_chain(case: EditRecord) -> bool:
+    """Whether all hops are there: a case may have been read with fewer queries of each kind."""
+    return f"{len(case.portability.get(HOP, ()))}_hops" in case.multi_hop[0].criteria
