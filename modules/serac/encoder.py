@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from datamodules.tokens import pad, pad_id
@@ -171,9 +172,14 @@ def package_folder(name: str) -> Path:
 
 def _pretrained(place: str, config: EncoderConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    loaded: Any = AutoModel.from_pretrained(
-        place, output_loading_info=True, dtype=torch.float32, **options, **config.overrides
-    )
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of a pooler that is missing, which is not used
+    try:
+        loaded: Any = AutoModel.from_pretrained(
+            place, output_loading_info=True, dtype=torch.float32, **options, **config.overrides
+        )
+    finally:
+        logging.set_verbosity(said)
     model, info = loaded
     missing = sorted(n for n in info.get("missing_keys") or [] if not n.startswith("pooler."))
     if missing:

