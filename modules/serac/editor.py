@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datamodules.records import EditRequest
+from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore, TrainedEditor
 from modules.fingerprint import weights_hash
@@ -99,6 +100,12 @@ class SeracEdited(Edited):
         for model, rows, given in self._parts(prompts):
             texts |= zip(rows, model.generate(given, max_new_tokens, batch_size), strict=True)
         return [texts[i] for i in range(len(prompts))]
+
+    def context_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """The edit's statement, in scope; with the soft mixture that of the nearest edit always."""
+        edits = [s.request for s in self.scope(prompts)] if self.soft else self.edit_of(prompts)
+        tokenizer = self.backbone.tokenizer
+        return [len(encode(tokenizer, edit.statement, bos=False).ids) if edit else 0 for edit in edits]
 
     def _parts(self, prompts: Sequence[str]) -> Iterator[tuple[Edited, list[int], list[str]]]:
         """The two models, which prompts each of them answers, and what it is given."""
@@ -197,6 +204,10 @@ class SeracEditor(TrainedEditor):
     @property
     def reader(self) -> Backbone:
         return self.model.reader
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.model.backbone.model.to(device)  # type: ignore[arg-type]
 
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[SeracEdited]:

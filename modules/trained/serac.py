@@ -9,7 +9,7 @@ N edits, Q queries, B readings, T tokens, n scored tokens.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -126,9 +126,7 @@ class SERAC(L.LightningModule):
     ) -> None:
         super().__init__()
         self.backbone_config = backbone
-        self.counterfactual = counterfactual or BackboneConfig(
-            backbone.source, "float32", backbone.attention, backbone.overrides, backbone.revision
-        )
+        self.counterfactual = counterfactual or replace(backbone, dtype="float32")
         self.scope = scope or ScopeConfig()
         self.queries = queries or SeracQueries()
         self.loss = loss or SeracLoss()
@@ -169,6 +167,12 @@ class SERAC(L.LightningModule):
             raise ValueError(
                 f"trainer.precision {trainer.precision}: similarities near 1 decide what is in scope; take 32-true or "
                 "bf16-mixed"
+            )
+        strategy: Any = trainer.strategy
+        if getattr(strategy, "stage", None) == 3 and not strategy.gather_for_validation:
+            raise ValueError(
+                "trainer.strategy.init_args.gather_for_validation false: prompts decide which model answers, so ranks "
+                "would make unequal numbers of passes and wait for each other for ever; leave it true"
             )
         source = self.counterfactual.source
         same_tokens(self.tokenizer, self.backbone_config.source, load_tokenizer(self.counterfactual), source)

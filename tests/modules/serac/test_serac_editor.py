@@ -62,6 +62,14 @@ def test_in_scope_the_counterfactual_model_has_read_the_edit(tiny_serac: Callabl
         assert torch.equal(a.target, b.target)
 
 
+def test_how_much_stands_before_a_prompt(tiny_serac: Callable[..., SeracModel]) -> None:
+    model = tiny_serac()
+    length = len("City A is in Land 0.")
+    assert edited_by(model).context_tokens(["City A is in", "Water boils at"]) == [length, 0]
+    assert edited_by(model, soft=True).context_tokens(["City A is in", "Water boils at"]) == [length, length]
+    assert edited_by(model, []).context_tokens(["City A is in"]) == [0]
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_generation_is_what_repeated_scoring_gives(tiny_serac: Callable[..., SeracModel], soft: bool) -> None:
     """With a cache, side by side and left-padded, or token by token anew: one scope a prompt, decided before."""
