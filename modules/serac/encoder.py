@@ -106,7 +106,7 @@ class TextEncoder(nn.Module):
                 model = _pretrained(place, config)
                 pooling, normalise = _of_folder(place, config)
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # not used, so never trained: DDP would wait for its gradient
+            model.pooler = None  # type: ignore[assignment]  # not used, so never trained: DDP would wait for its gradient
         room = getattr(model.config, "max_position_embeddings", None)
         if room and config.max_tokens > room:
             raise ValueError(f"encoder.max_tokens is {config.max_tokens}, but {config.source!r} reads at most {room}")

@@ -1,6 +1,6 @@
 """How well a scope classifier tells queries apart, over the memory that they are asked with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class ScopeAccuracy(Metric):
         for name in ("right", "asked"):
             self.add_state(name, torch.zeros(len(SORTS), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, answers: dict[str, Iterable[bool]]) -> None:
+    def update(self, answers: Mapping[str, Iterable[bool]]) -> None:
         """Add what `scope_answers` gives."""
         for i, sort in enumerate(SORTS):
             found = list(answers[sort])

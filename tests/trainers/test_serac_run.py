@@ -47,8 +47,9 @@ def run(folder: Path, steps: int, checkpoint: str | None = None, *more: str) -> 
     args = ["--config=serac_tiny", f"--run_dir={folder}", f"--trainer.max_steps={steps}", *quiet, *more]
     cli = TrainingCLI([*args, "--trainer.num_sanity_val_steps=0"])
     watch = Watch()
-    cli.trainer.callbacks.insert(0, watch)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
+    trainer: Any = cli.trainer
+    trainer.callbacks.insert(0, watch)
+    trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
     return cli, watch
 
 

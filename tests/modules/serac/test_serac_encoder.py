@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from modules.serac.encoder import EncoderConfig, TextEncoder, TextTokens, package_folder
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXTS = ["Lyon is a city in the country of", "Where?", "Zürich lies in"]
 
 
