@@ -10,6 +10,10 @@ and of InComeS
 
     config.json, model*.safetensors, tokenizer files   the model that answers, a plain transformers model
     adapter_config.json, adapter_model.safetensors     instead of it, where adapters were trained (peft's format)
+
+and of SERAC, in place of editor.safetensors
+
+    counterfactual/, scope/                            the two trained models, plain transformers models
 """
 
 import json
@@ -23,7 +27,9 @@ from modules.editor import TrainedEditor
 from modules.exported.files import Kind
 from modules.exported.gists import GISTS
 from modules.exported.hypernetworks import HYPERNETWORKS, METHODS
+from modules.exported.serac import SERACS
 from modules.trained.incomes import InComeS
+from modules.trained.serac import SERAC
 
 FORMAT = 1
 
@@ -39,6 +45,7 @@ class Exported(NamedTuple):
 EDITORS = (
     Exported("incomes", InComeS, GISTS),
     *(Exported(name, module, HYPERNETWORKS) for name, module in METHODS.items()),
+    Exported(SERAC.method, SERAC, SERACS),
 )
 
 

@@ -31,6 +31,7 @@ CONFIGS = {
     "incomes_tiny": ["--model.init_args.optimizer.decay_steps=20"],
     "mend_tiny": ["--trainer.callbacks=[]"],
     "ibke_tiny": ["--trainer.callbacks=[]"],
+    "serac_tiny": ["--trainer.callbacks=[]"],
 }
 # the same 16 records in the same pools for each step: 8 of a micro-batch, on two ranks or in two accumulated ones
 TWO = ["--trainer.devices=2"]

@@ -3,5 +3,6 @@
 from modules.trained.ibke import IBKE
 from modules.trained.incomes import InComeS
 from modules.trained.mend import MEND
+from modules.trained.serac import SERAC
 
-__all__ = ["IBKE", "MEND", "InComeS"]
+__all__ = ["IBKE", "MEND", "SERAC", "InComeS"]

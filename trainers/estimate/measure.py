@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from trainers.estimate.families import Family
 from trainers.estimate.plan import Plan
-from trainers.estimate.shape import shape_of
 from trainers.estimate.weightless import Weightless
 
 
@@ -124,7 +123,7 @@ def count(plan: Plan) -> Counts:
 @contextmanager
 def _built(plan: Plan) -> Iterator[tuple[Any, Weightless, Counts]]:
     module = copy.deepcopy(plan.module)
-    module.backbone_config = shape_of(module.backbone_config)
+    plan.family.shape(module)
     module.__dict__.pop("tokenizer", None)  # the new source has one of its own, at hand anywhere
     # CUDA's fused kernels do not take a mask together with grouped keys
     mode = Weightless(fused=lambda masked, grouped: plan.card.cpu or not (masked and grouped))

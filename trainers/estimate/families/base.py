@@ -11,6 +11,8 @@ import lightning as L
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainers.estimate.shape import shape_of
+
 if TYPE_CHECKING:
     from trainers.estimate.plan import Plan
     from trainers.estimate.totals import Estimate
@@ -37,6 +39,14 @@ class Family(ABC):
     @abstractmethod
     def what(self, module: Any) -> object:
         """What it trains, for comparison: a change of it is a change of the result."""
+
+    def shape(self, module: Any) -> None:
+        """Put the shapes of the module's language models in the place of their sources, before it is built.
+
+        Raises:
+            ValueError: where a shape cannot be had.
+        """
+        module.backbone_config = shape_of(module.backbone_config)
 
     # ------------------------------------------------------------------ of a module that is built
 
