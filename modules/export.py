@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import lightning as L
 
 from modules.editor import TrainedEditor
+from modules.exported.distillmike import DISTILLED
 from modules.exported.files import Kind
 from modules.exported.gists import GISTS
 from modules.exported.hypernetworks import HYPERNETWORKS, METHODS
+from modules.trained.distillmike import DistillMIKE
 from modules.trained.incomes import InComeS
 
 FORMAT = 1
@@ -39,6 +41,7 @@ class Exported(NamedTuple):
 EDITORS = (
     Exported("incomes", InComeS, GISTS),
     *(Exported(name, module, HYPERNETWORKS) for name, module in METHODS.items()),
+    Exported("distillmike", DistillMIKE, DISTILLED),
 )
 
 

@@ -1,7 +1,8 @@
 """Editors that are trained: one LightningModule each."""
 
+from modules.trained.distillmike import DistillMIKE
 from modules.trained.ibke import IBKE
 from modules.trained.incomes import InComeS
 from modules.trained.mend import MEND
 
-__all__ = ["IBKE", "MEND", "InComeS"]
+__all__ = ["IBKE", "MEND", "DistillMIKE", "InComeS"]
