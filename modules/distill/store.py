@@ -162,7 +162,7 @@ class Answered:
             rest, unseen = torch.cat(self._rest).exp(), torch.cat(self._unseen)
             text += (
                 f"; outside of the kept tokens a probability of {rest.mean():.2g} (at most {rest.max():.2g}), which "
-                f"hides {unseen.mean():.2g} (at most {unseen.max():.2g}) nats of the divergence of a student that knows "
+                f"hides {unseen.mean():.2g} (at most {unseen.max():.2g}) nats of divergence from a student that knows "
                 "nothing of it"
             )
         return text

@@ -48,8 +48,6 @@ class Student(nn.Module):
     """A backbone with adapters, which alone are trained. The teacher is the same model without them and without the
     start (`modules.backbone.adapters_off`).
 
-    It stays in eval mode: teacher and student drop nothing out (published: dropout 0).
-
     Raises:
         ValueError: for targets that the model does not have.
     """
@@ -70,11 +68,6 @@ class Student(nn.Module):
         for name, p in self.language_model.named_parameters():
             p.requires_grad_("lora_" in name)
         self.start = dict(start)
-
-    def train(self, mode: bool = True) -> "Student":
-        super().train(mode)
-        self.language_model.eval()
-        return self
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids and mask [B, T], right-padded -> last hidden states [B, T, d]."""

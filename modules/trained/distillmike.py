@@ -275,6 +275,9 @@ class DistillMIKE(L.LightningModule):
         if hasattr(strategy, "register_external"):
             strategy.register_external([p for p in head_of(self.student.language_model) if p is not None])
 
+    def on_train_epoch_start(self) -> None:
+        self.student.eval()  # neither teacher nor student drops anything out (published: dropout 0)
+
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         parts = self.losses(batch)
         for name, value in parts.items():
