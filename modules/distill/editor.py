@@ -112,5 +112,5 @@ def unknown_among(requests: Sequence[EditRequest], distilled: Sequence[EditReque
     if not unknown:
         return ""
     return (
-        f"{len(unknown)} of {len(requests)} edits are not among the {len(known)} distilled ones, such as {unknown[0]!r}"
+        f"{len(unknown)} of {len(requests)} edits are not among the {len(known)} distilled, such as {unknown[0]!r}"
     )

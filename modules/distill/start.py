@@ -3,13 +3,18 @@
 Published: MEMIT with all of the edits (paper, section 4.2; without it specificity is lost).
 """
 
+import json
+import os
+import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from datamodules.records import EditRequest
@@ -19,22 +24,25 @@ from modules.editor import Editor
 from modules.interventions import Deltas, LowRank, shape
 
 FILE = "deltas.safetensors"
+VERSION = 1  # of what editors make: a change makes old folders unknown
 
 
-def start_terms(start: Editor | str | None, backbone: Backbone, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
-    """What a student has from the beginning, by the linear layer's name, on the CPU; empty without a start.
+def make(start: Editor, backbone: Backbone, requests: Sequence[EditRequest], weights: str, folder: Path) -> Path:
+    """Let an editor make these requests, unless it has before; the folder where they are kept, in the form of
+    `trainers.edit --save`.
+
+    The name is made of the editor with all its settings, the requests and the model.
 
     Args:
-        start: an editor that makes these requests now; or a folder of edits, as `trainers.edit --save` writes it of
-            editors with low-rank edits.
+        weights: a hash of the model's.
 
     Raises:
-        ValueError: for an editor whose edits are no change of weights, or a folder that holds none of this model.
+        ValueError: for an editor whose edits are no change of weights; and what the editor raises.
     """
-    if start is None:
-        return {}
-    if isinstance(start, str):
-        return _read(Path(start), backbone)
+    what = [VERSION, weights, sha256(pickle.dumps(start, protocol=4)).hexdigest(), [asdict(r) for r in requests]]
+    place = folder / f"start-{start.name}-{sha256(json.dumps(what).encode()).hexdigest()[:24]}"
+    if (place / FILE).is_file():
+        return place
     with start.edit(backbone, requests) as edited:
         terms = {name: as_term(change) for name, change in edited.weight_changes().items()}
     if not terms:
@@ -42,7 +50,50 @@ def start_terms(start: Editor | str | None, backbone: Backbone, requests: Sequen
             f"model.start: the edits of {start.name} are no change of weights, so no student can start from them; take "
             "MEMIT, another editor of weights, or none"
         )
-    return {name: LowRank(t.a.detach().cpu(), t.b.detach().cpu()) for name, t in terms.items()}
+    part = place.with_name(f".{place.name}.{os.getpid()}")
+    keep(terms, requests, part)
+    os.replace(part, place)
+    return place
+
+
+def keep(terms: Mapping[str, LowRank], requests: Sequence[EditRequest], folder: Path) -> None:
+    """Write terms of one row as deltas that belong to all requests together, and the requests as text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {}
+    for name, t in terms.items():
+        parts = Deltas(t.a[0], t.b[0], torch.zeros(t.a.shape[1], dtype=torch.long))
+        flat |= {f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in parts._asdict().items()}
+    save_file(flat, folder / FILE)
+    edits = [asdict(r) for r in requests]
+    (folder / "edits.json").write_text(json.dumps(edits, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, backbone: Backbone) -> dict[str, LowRank]:
+    """What a student has from the beginning, by the linear layer's name, on the CPU, from a folder of edits.
+
+    Raises:
+        ValueError: where the folder holds none, or those of another model.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise ValueError(
+            f"model.start: {folder} holds no {FILE}; make one with `python -m trainers.edit --editor memit ... --save "
+            f"{folder}`, or give an editor by class_path"
+        )
+    try:
+        flat = {name: t for name, t in load_file(file).items() if not name.startswith(MEMORY)}
+    except SafetensorError as error:
+        raise ValueError(f"model.start: {file} cannot be read: {error}; make its edits again") from error
+    terms = {}
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in flat):
+        deltas = Deltas(*(flat[f"{name}.{part}"] for part in Deltas._fields))
+        if (deltas.a.shape[1], deltas.b.shape[1]) != shape(backbone.model, name):
+            raise ValueError(f"model.start: the edits in {folder} are of a model of another size; make them again")
+        count = int(deltas.edit.max()) + 1 if len(deltas.edit) else 0
+        terms[name] = deltas.term(1, torch.zeros(count, dtype=torch.long)).compact()
+    if not terms:
+        raise ValueError(f"model.start: {folder} holds no edits")
+    return terms
 
 
 def as_term(change: LowRank | Tensor) -> LowRank:
@@ -74,26 +125,3 @@ def placed(model: nn.Module, terms: Mapping[str, LowRank]) -> dict[str, LowRank]
         f"{name}.base_layer" if isinstance(model.get_submodule(name), BaseTunerLayer) else name: term
         for name, term in terms.items()
     }
-
-
-def _read(folder: Path, backbone: Backbone) -> dict[str, LowRank]:
-    file = folder / FILE
-    if not file.is_file():
-        raise ValueError(
-            f"model.start: {folder} holds no {FILE}; make one with `python -m trainers.edit --editor memit ... --save "
-            f"{folder}`, or give an editor by class_path"
-        )
-    try:
-        flat = {name: t for name, t in load_file(file).items() if not name.startswith(MEMORY)}
-    except SafetensorError as error:
-        raise ValueError(f"model.start: {file} cannot be read: {error}; make its edits again") from error
-    terms = {}
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in flat):
-        deltas = Deltas(*(flat[f"{name}.{part}"] for part in Deltas._fields))
-        if (deltas.a.shape[1], deltas.b.shape[1]) != shape(backbone.model, name):
-            raise ValueError(f"model.start: the edits in {folder} are of a model of another size; make them again")
-        count = int(deltas.edit.max()) + 1 if len(deltas.edit) else 0
-        terms[name] = deltas.term(1, torch.zeros(count, dtype=torch.long)).compact()
-    if not terms:
-        raise ValueError(f"model.start: {folder} holds no edits")
-    return terms

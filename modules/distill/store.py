@@ -27,7 +27,7 @@ from modules.losses import CHUNK, head_of
 
 VERSION = 1  # of what is kept: a change makes old files unknown
 CACHE_FOLDER = "PALIMPSEST_CACHE"
-BLOCK = 32  # records of one file
+BLOCK = 16  # records of one file
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.distill.editor import DistilledEditor
+from modules.distill.start import keep
 from modules.exported.files import Kind, load_tensors
 from modules.interventions import LowRank, shape
 from modules.trained.distillmike import DistillMIKE
@@ -51,11 +52,8 @@ def _write(module: DistillMIKE, folder: Path) -> dict[str, Any]:
         flat[f"{_ROOT}{name}.lora_A.weight"] = t.a[0].contiguous()  # [r, d_in]
         flat[f"{_ROOT}{name}.lora_B.weight"] = t.b[0].T.contiguous()  # [d_out, r]
     save_file(flat, folder / "adapter_model.safetensors", {"format": "pt"})
-    start = {
-        f"{n}.{part}": getattr(t, part).cpu().contiguous() for n, t in module.student.start.items() for part in "ab"
-    }
-    if start:
-        save_file(start, folder / "start.safetensors")
+    if start := module.student.start:
+        keep(start, module.requests, folder / "start")
     edits = [asdict(r) for r in module.requests]
     (folder / "edits.json").write_text(json.dumps(edits, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return {"backbone": asdict(module.backbone_config), "adapters": asdict(module.adapters), "edits": len(edits)}

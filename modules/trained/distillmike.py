@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,7 +30,7 @@ from modules.backbone import Backbone, BackboneConfig, adapters_off, load_backbo
 from modules.distill.editor import DistilledEditor, unknown_among
 from modules.distill.loss import kept_kl
 from modules.distill.queries import DistillBatch, DistillCollator, DistillQueries, Question, questions_of
-from modules.distill.start import start_terms
+from modules.distill.start import make, read
 from modules.distill.store import BLOCK, Answered, Teaching, file_of, teach
 from modules.distill.student import AdapterOptions, Student
 from modules.distill.teacher import asked_of
@@ -217,18 +218,24 @@ class DistillMIKE(L.LightningModule):
         self.requests = tuple(dict.fromkeys(r for record in records for r in record.requests))
         self._check_validation(datamodule.validation_records())
         backbone.model.to(trainer.strategy.root_device)  # type: ignore[arg-type]
-        self.answered = self._taught(backbone, records)
-        start = self.start
-        if not isinstance(start, Editor):
-            return start_terms(start, backbone, self.requests)
-        if trainer.ckpt_path is not None:
-            return {}  # the checkpoint brings it
-        rank_zero_info(f"start: {len(self.requests):,} edits by {start.name} ...")
-        made = {}
-        with _InfiniteBarrier():  # rank 0 makes it alone: on all ranks it must be the same, bit by bit
-            if trainer.is_global_zero:
-                made = start_terms(start, backbone, self.requests)
-        return trainer.strategy.broadcast(made)
+        weights = trainer.strategy.broadcast(weights_hash(backbone.model) if trainer.is_global_zero else "")
+        self.answered = self._taught(backbone, records, weights)
+        return self._start(backbone, weights)
+
+    def _start(self, backbone: Backbone, weights: str) -> dict[str, LowRank]:
+        """What the student starts from, which rank 0 makes: it must be the same on all ranks, bit by bit."""
+        trainer, start = self.trainer, self.start
+        if start is None or (isinstance(start, Editor) and trainer.ckpt_path is not None):
+            return {}  # a checkpoint brings its own
+        if isinstance(start, Editor):
+            rank_zero_info(f"start: {len(self.requests):,} edits by {start.name} ...")
+            made = ""
+            with _InfiniteBarrier():
+                if trainer.is_global_zero:
+                    made = str(make(start, backbone, self.requests, weights, self.teaching.where()))
+            start = trainer.strategy.broadcast(made)
+        rank_zero_info(f"start: {start}")
+        return read(Path(start), backbone)
 
     def _check_validation(self, records: Sequence[EditRecord]) -> None:
         if problem := unknown_among([r for record in records for r in record.requests], self.requests):
@@ -236,11 +243,10 @@ class DistillMIKE(L.LightningModule):
                 f"data.val: {problem}; validation is on what is distilled: give it the sources of data.train"
             )
 
-    def _taught(self, backbone: Backbone, records: Sequence[EditRecord]) -> Answered:
+    def _taught(self, backbone: Backbone, records: Sequence[EditRecord], weights: str) -> Answered:
         """The teacher's answers to all questions; those that are not on disk are asked now, shared out over ranks."""
         trainer, options = self.trainer, self.teaching
         rank, world = trainer.global_rank, trainer.world_size
-        weights = trainer.strategy.broadcast(weights_hash(backbone.model) if trainer.is_global_zero else "")
         blocks = _blocks(records, self.queries)
         files: dict[int, str] = {}
         total = sum(map(len, blocks[rank::world]))
