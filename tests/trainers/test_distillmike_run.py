@@ -1,4 +1,4 @@
-"""DistillMIKE as a run: the same update however a job is spread, resuming, and from training to edits by the commands."""
+"""DistillMIKE as a run: the same update however a job is spread, resuming, and from training to edits."""
 
 import json
 import os
@@ -18,9 +18,15 @@ from modules.export import load_editor
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
 from trainers.checkpoints.single import tensors
+from trainers.cli import CONFIGS as CONFIG_FOLDER
 from trainers.cli import TrainingCLI
 from trainers.command import run as command
 from trainers.edit import edit
+from trainers.estimate import named
+from trainers.estimate.command import parsed
+from trainers.estimate.measure import count
+from trainers.estimate.plan import Plan, plan_of
+from trainers.estimate.totals import STEP, estimate_plan
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "distillmike_tiny.json"
 STEPS = 6
@@ -126,9 +132,9 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytes
     assert before.seen + after.seen == seen.seen
     one, two = ({n: p for n, p in c.model.named_parameters() if p.requires_grad} for c in (whole, resumed))
     assert all(torch.equal(p, two[n]) for n, p in one.items())
-    with pytest.raises(ValueError, match="the checkpoint is of 32 edits, and data.train has 31, 31 of them the same"):
-        other = ['--data.init_args.train=[{"format": "facts", "options": {"split": "train"}, "limit": 31}]']
-        run(tmp_path / "other", 6, str(saved), *other, *[a.replace("train=", "val=") for a in other])
+    fewer = '[{"format": "facts", "options": {"split": "train"}, "limit": 31}]'
+    with pytest.raises(ValueError, match=r"the checkpoint is of 32 edits, and data\.train has 31, 31 of them the same"):
+        run(tmp_path / "other", 6, str(saved), *(f"--data.init_args.{of}={fewer}" for of in ("train", "val")))
 
 
 def test_validation_is_of_what_is_distilled(tmp_path: Path) -> None:
@@ -185,3 +191,38 @@ def test_zero_checkpoints_hold_edits_and_start(runs: dict[str, Any], tmp_path: P
     assert len(module.requests) == 32
     assert module.student.start.keys() == found["start"].keys()
     assert module.student.start
+
+
+def planned(*more: str, gpus: int = 1, card: str = "cpu") -> Plan:
+    return plan_of(parsed(["--config=distillmike_tiny", *more]), gpus, named(card))
+
+
+def test_dry_run_counts_by_hand() -> None:
+    d, f, kv, r = 64, 128, 32, 8
+    found = count(planned())
+    assert found.parts["adapters"].all == found.trained == 4 * (r * (d + d) + r * (d + kv))
+    assert sum(found.sizes) - found.trained == 2 * 257 * d + 4 * (2 * d * d + 2 * d * kv + 3 * d * f + 2 * d) + d
+    assert found.frozen == 0  # the teacher is the same model
+
+
+def test_dry_run_takes_the_longest_batch() -> None:
+    whole, part = (estimate_plan(planned(*more)) for more in ([], ["--model.init_args.queries.per_record=1"]))
+    assert whole.tokens == 16 * 10 * 256
+    assert part.tokens == 16 * 256
+    assert part.total < whole.total
+    top = estimate_plan(planned("--model.init_args.teaching.top_k=5"))
+    assert top.total == pytest.approx(whole.total, rel=0.2)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("distillmike_*.yaml")), ids=lambda p: p.name)
+def test_dry_run_of_shipped_configs(path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    args = [
+        "--model.init_args.backbone.source=random:llama",
+        f"--model.init_args.backbone.overrides={json.dumps(shape)}",
+    ]
+    found = estimate_plan(
+        plan_of(parsed([f"--config={path}", *args, "--model.init_args.adapters.targets=[q_proj]"]), 8, named("h100"))
+    )
+    assert found.fits
+    assert {"weights", "optimizer", "activations"} <= found.moments[STEP].keys()

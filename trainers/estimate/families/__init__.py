@@ -3,12 +3,13 @@
 import lightning as L
 
 from trainers.estimate.families.base import MODEL, Family
+from trainers.estimate.families.distill import Distillation
 from trainers.estimate.families.hypernetwork import Hypernetworks
 from trainers.estimate.families.incomes import Gists
 
 __all__ = ["MODEL", "Family", "family_of"]
 
-_KNOWN: tuple[Family, ...] = (Gists(), Hypernetworks())
+_KNOWN: tuple[Family, ...] = (Gists(), Hypernetworks(), Distillation())
 
 
 def family_of(module: L.LightningModule) -> Family:
