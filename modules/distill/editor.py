@@ -111,6 +111,4 @@ def unknown_among(requests: Sequence[EditRequest], distilled: Sequence[EditReque
     unknown = [r.statement for r in requests if r.statement not in known]
     if not unknown:
         return ""
-    return (
-        f"{len(unknown)} of {len(requests)} edits are not among the {len(known)} distilled, such as {unknown[0]!r}"
-    )
+    return f"{len(unknown)} of {len(requests)} edits are not among the {len(known)} distilled, such as {unknown[0]!r}"

@@ -8,6 +8,7 @@ B queries, T tokens, n scored tokens, d hidden width.
 """
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -251,6 +252,7 @@ class DistillMIKE(L.LightningModule):
         files: dict[int, str] = {}
         total = sum(map(len, blocks[rank::world]))
         quiet = rank > 0 or trainer.progress_bar_callback is None
+        begin = time.perf_counter()
         with (
             _InfiniteBarrier(),
             self.teacher.edit(backbone, self.requests) as edited,
@@ -271,7 +273,7 @@ class DistillMIKE(L.LightningModule):
                 files[i] = str(file)
         every = _gathered(files)
         answered = Answered([of[i] for i in range(len(blocks)) for of in every if i in of])
-        rank_zero_info(f"teacher: {answered.said()}")
+        rank_zero_info(f"teacher: {answered.said()} ({time.perf_counter() - begin:.0f} s)")
         return answered
 
     # ------------------------------------------------------------------ training

@@ -1,6 +1,6 @@
 """What is kept of the teacher is what the teacher says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from told import RightEdit
 
 from datamodules.records import EditRecord, EditRequest
+from datamodules.sources import Source
 from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.distill.loss import Full, Top
@@ -17,6 +18,7 @@ from modules.distill.store import Answered, Teaching, file_of, teach
 from modules.distill.teacher import Asked, asked_of, last_states, shared_start
 from modules.fingerprint import weights_hash
 from modules.losses import head_of
+from modules.training_free.mike import MIKE
 
 
 def live(backbone: Backbone, asked: Asked) -> torch.Tensor:
@@ -133,3 +135,38 @@ def test_shared_start() -> None:
     assert shared_start([(1, 2, 3), (1, 2, 4), (1, 2)]) == 2
     assert shared_start([(1, 2), (1, 2)]) == 2
     assert shared_start([(5,), (6,)]) == 0
+
+
+class Letters:
+    """Sentences as counts of their letters: an encoder that loads nothing."""
+
+    name, width = "letters", 26
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        counts = torch.tensor([[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts])
+        return torch.nn.functional.normalize(counts.float() + 0.01, dim=1)
+
+
+def test_kept_is_what_mike_says(
+    tiny: Callable[..., Backbone], records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By MIKE's own scores, with demonstrations before prompts in scope."""
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path))
+    shown = tmp_path / "shown.jsonl"
+    shown.write_text("\n".join(r.to_json() for r in records[2:]), encoding="utf-8")
+    mike = MIKE([Source("records", str(shown))], k=2)
+    mike.__dict__["sentences"] = Letters()
+    backbone, edits = tiny(max_position_embeddings=1024), records[:2]
+    questions = [q for r in edits for q in questions_of(r, DistillQueries())]
+    with mike.edit(backbone, [r.request for r in edits]) as edited:
+        asked = asked_of(edited, backbone, questions)
+        expected = edited.score(*map(list, zip(*questions, strict=True)))
+    assert {(a.context or "").count("New Fact") for a in asked} == {0, 3}
+    file = file_of(Teaching(), backbone, "w", asked)
+    teach(Teaching(), backbone, asked, file)
+    found, inside = Answered([file]).look_up(questions, torch.device("cpu"))
+    assert isinstance(found, Full)
+    labels = torch.cat([score.target for score in expected])
+    logp = head_of(backbone.model).log_probs(found.hidden).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logp, torch.cat([score.log_probs for score in expected]), atol=1e-5, rtol=1e-4)
+    assert inside.tolist() == [a.context is not None for a in asked]
