@@ -224,10 +224,11 @@ class DistillMIKE(L.LightningModule):
         return self._start(backbone, weights)
 
     def _start(self, backbone: Backbone, weights: str) -> dict[str, LowRank]:
-        """What the student starts from, which rank 0 makes: it must be the same on all ranks, bit by bit."""
+        """What the student starts from, which rank 0 makes: it must be the same on all ranks, bit by bit. A run that
+        goes on has it from its checkpoint in the end."""
         trainer, start = self.trainer, self.start
-        if start is None or (isinstance(start, Editor) and trainer.ckpt_path is not None):
-            return {}  # a checkpoint brings its own
+        if start is None:
+            return {}
         if isinstance(start, Editor):
             rank_zero_info(f"start: {len(self.requests):,} edits by {start.name} ...")
             made = ""

@@ -1,5 +1,6 @@
 """What a student starts from: any editor's weights, in force in the student and absent in the teacher."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from datamodules.records import EditRecord
+from modules import training_free
 from modules.backbone import Backbone, adapters_off
 from modules.distill import start
 from modules.distill.start import make, read
@@ -119,3 +121,10 @@ def test_what_cannot_be_started_from(tiny: Callable[..., Backbone], records: lis
 def test_targets_that_are_not_there(tiny: Callable[..., Backbone]) -> None:
     with pytest.raises(ValueError, match=r"model\.adapters\.targets \['query'\].*q_proj"):
         Student(tiny(), AdapterOptions(targets=["query"]), {})
+
+
+@pytest.mark.parametrize("kind", ["MEMIT", "PMET", "EMMET", "AlphaEdit", "ROME", "RROME", "FTL", "FTM", "LoRA"])
+def test_editors_are_known_by_their_settings(kind: str) -> None:
+    """Two of the same settings are the same editor, so that what one has made the other need not make again."""
+    one, two = (pickle.dumps(getattr(training_free, kind)(), protocol=4) for _ in range(2))
+    assert one == two
