@@ -134,7 +134,12 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(p, two[n]) for n, p in one.items())
     fewer = '[{"format": "facts", "options": {"split": "train"}, "limit": 31}]'
     with pytest.raises(ValueError, match=r"the checkpoint is of 32 edits, and data\.train has 31, 31 of them the same"):
-        run(tmp_path / "other", 6, str(saved), *(f"--data.init_args.{of}={fewer}" for of in ("train", "val")))
+        run(
+            tmp_path / "other",
+            6,
+            str(saved.with_name("step6.ckpt")),
+            *(f"--data.init_args.{of}={fewer}" for of in ("train", "val")),
+        )
 
 
 def test_validation_is_of_what_is_distilled(tmp_path: Path) -> None:
