@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 import lightning as L
 
 from modules.editor import TrainedEditor
+from modules.exported.distillmike import DISTILLED
 from modules.exported.files import Kind
 from modules.exported.gists import GISTS
 from modules.exported.hypernetworks import HYPERNETWORKS, METHODS
 from modules.exported.serac import SERACS
+from modules.trained.distillmike import DistillMIKE
 from modules.trained.incomes import InComeS
 from modules.trained.serac import SERAC
 
@@ -46,6 +48,7 @@ EDITORS = (
     Exported("incomes", InComeS, GISTS),
     *(Exported(name, module, HYPERNETWORKS) for name, module in METHODS.items()),
     Exported(SERAC.method, SERAC, SERACS),
+    Exported("distillmike", DistillMIKE, DISTILLED),
 )
 
 

@@ -32,6 +32,11 @@ CONFIGS = {
     "mend_tiny": ["--trainer.callbacks=[]"],
     "ibke_tiny": ["--trainer.callbacks=[]"],
     "serac_tiny": ["--trainer.callbacks=[]"],
+    "distillmike_tiny": [
+        "--model.init_args.teacher=told.RightEdit",  # for MIKE, which loads a sentence encoder
+        '--model.init_args.start={"class_path": "modules.training_free.LoRA", "init_args": {"steps": 2, "lr": 0.05}}',
+        "--data.init_args.pool_rates=[1, 1, 1]",
+    ],
 }
 # the same 16 records in the same pools for each step: 8 of a micro-batch, on two ranks or in two accumulated ones
 TWO = ["--trainer.devices=2"]

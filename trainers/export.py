@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -75,7 +76,7 @@ def fill(module: L.LightningModule, path: Path, kind: str) -> None:
     Raises:
         CheckpointError: where they do not fit.
     """
-    module.configure_model()
+    module.on_load_checkpoint(besides(path, kind))  # which builds the module
     names: set[str] = module.trained_names()  # type: ignore[operator]
     places = dict(module.named_parameters()) | dict(module.named_buffers())
     if kind == "zero":
@@ -93,6 +94,18 @@ def fill(module: L.LightningModule, path: Path, kind: str) -> None:
         raise CheckpointError(
             f"{path} lacks {len(lacking)} trained tensors ({', '.join(lacking[:3])}): use the config.yaml of its run"
         )
+
+
+def besides(path: Path, kind: str) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors of the module and states of its training, such as DistillMIKE's edits."""
+    if kind == "zero":
+        from trainers.checkpoints.zero import TAG
+
+        file = sorted((path / TAG).glob("*mp_rank_00_model_states.pt"))[0]
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        state = single.FolderIO().load_checkpoint(path)
+    return {k: v for k, v in state.items() if k not in ("state_dict", "module", "optimizer", "optimizer_states")}
 
 
 if __name__ == "__main__":

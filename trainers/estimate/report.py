@@ -32,10 +32,9 @@ def _memory(found: Estimate) -> Table:
     plan = found.plan
     where = "process" if plan.card.cpu else "GPU"
     limits, queries = plan.module.queries, plan.family.queries(plan.module)
-    largest = (
-        f"{plan.records} edits and {plan.records * queries} queries, the longest that queries."
-        f"max_edit_tokens {limits.max_edit_tokens} and max_query_tokens {limits.max_query_tokens} allow"
-    )
+    names = [name for name in ("max_edit_tokens", "max_query_tokens") if hasattr(limits, name)]
+    allowed = " and ".join(f"{name} {getattr(limits, name)}" for name in names)
+    largest = f"{plan.records} edits and {plan.records * queries} queries, the longest that queries.{allowed} allow"
     table = Table("GiB", title=f"Memory of one {where} of {plan.gpus}; a micro-batch: {largest}", title_justify="left")
     for moment in found.moments:
         table.add_column(moment, justify="right")

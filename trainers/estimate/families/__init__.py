@@ -3,13 +3,14 @@
 import lightning as L
 
 from trainers.estimate.families.base import MODEL, Family
+from trainers.estimate.families.distill import Distillation
 from trainers.estimate.families.hypernetwork import Hypernetworks
 from trainers.estimate.families.incomes import Gists
 from trainers.estimate.families.serac import Classified
 
 __all__ = ["MODEL", "Family", "family_of"]
 
-_KNOWN: tuple[Family, ...] = (Gists(), Hypernetworks(), Classified())
+_KNOWN: tuple[Family, ...] = (Gists(), Hypernetworks(), Classified(), Distillation())
 
 
 def family_of(module: L.LightningModule) -> Family:

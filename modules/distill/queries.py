@@ -1,0 +1,131 @@
+"""What a record asks of teacher and student: prompts in and out of the edits' scope, each with a target put after it.
+
+Paper: DistillMIKE (Qiao et al.), section 4.2 and appendix I.
+
+B queries, T tokens.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.records import EditRecord
+from datamodules.schedule import Slot
+from datamodules.tokens import encode, pad, pad_id
+
+
+class Question(NamedTuple):
+    """A prompt, and the text at whose tokens the student is to predict what the teacher predicts."""
+
+    prompt: str
+    target: str
+
+
+@dataclass
+class DistillQueries:
+    """Which prompts of a record are distilled, and which targets stand after them.
+
+    Whether a prompt is in scope is not said here: the teacher's retrieval decides, as published.
+
+    Args:
+        rephrases: so many of a record's rephrases beside its edits' own prompts; by default all.
+        locality: so many of its locality prompts, the first ones (published: 2 of CounterFact's 10, the one of zsRE).
+        both_targets: also put the answer of before the edit after prompts in scope, and the new one after locality
+            prompts, where the source names them (released code).
+        per_record: draw so many of all these for each visit of a record; by default a visit asks all.
+        max_query_tokens: records with longer ones are left out. So are records that ask nothing.
+    """
+
+    rephrases: int | None = None
+    locality: int = 2
+    both_targets: bool = True
+    per_record: int | None = None
+    max_query_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if (self.rephrases or 0) < 0 or self.locality < 0 or (self.per_record is not None and self.per_record < 1):
+            raise ValueError(
+                "queries.rephrases and locality must not be negative, and per_record at least 1; got "
+                f"{self.rephrases}, {self.locality}, {self.per_record}"
+            )
+
+
+def questions_of(record: EditRecord, config: DistillQueries) -> list[Question]:
+    """All that is distilled of a record, each once: its edits' prompts, its rephrases, and its locality prompts."""
+    request = record.request
+    single = len(record.requests) == 1  # else it is not said which of its edits a rephrase is of
+    old, new = (request.old_target, request.target) if single else (None, None)
+    asked = [(r.prompt, (r.target, r.old_target)) for r in record.requests if r.target]
+    asked += [(q.prompt, (q.target, old)) for q in record.rephrases[: config.rephrases]]
+    near = [q for queries in record.locality.values() for q in queries][: config.locality]
+    asked += [(q.prompt, (q.target, new)) for q in near]
+    wanted = 2 if config.both_targets else 1
+    pairs = [Question(prompt, t) for prompt, targets in asked if prompt for t in targets[:wanted] if t and t.strip()]
+    return list(dict.fromkeys(pairs))
+
+
+@dataclass
+class DistillBatch:
+    """One micro-batch.
+
+    Args:
+        queries, queries_mask, queries_answer: prompts with their targets [B, T], right-padded, and the target's tokens.
+        record: the record that each query is of [B].
+        asked: the same queries as text.
+        records: ids.
+    """
+
+    queries: Tensor
+    queries_mask: Tensor
+    queries_answer: Tensor
+    record: Tensor
+    asked: list[Question]
+    records: list[str]
+
+    def to(self, device: torch.device) -> "DistillBatch":
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "DistillBatch":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "DistillBatch":
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(t) for name, t in tensors.items()})
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class DistillCollator:
+    """Slots to a DistillBatch. What is drawn of a record depends on its slot's own seed alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DistillQueries) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def fits(self, record: EditRecord) -> bool:
+        """Whether a record has an edit of a prompt, all its questions are short enough, and every target follows a
+        token that can predict it."""
+        if not any(r.prompt.strip() and r.target.strip() for r in record.requests):
+            return False
+        rows = [encode(self.tokenizer, q.prompt, q.target) for q in questions_of(record, self.config)]
+        return all(len(row.ids) <= self.config.max_query_tokens and row.target_start for row in rows)
+
+    def __call__(self, slots: Sequence[Slot]) -> DistillBatch:
+        asked, record = [], []
+        for i, slot in enumerate(slots):
+            questions = questions_of(slot.record, self.config)
+            if self.config.per_record is not None:
+                draw = random.Random(slot.seed)
+                questions = draw.sample(questions, min(self.config.per_record, len(questions)))
+            asked += questions
+            record += [i] * len(questions)
+        rows = [encode(self.tokenizer, q.prompt, q.target) for q in asked]
+        ids, mask = pad([row.ids for row in rows], pad_id(self.tokenizer))
+        answer, _ = pad([[i >= row.target_start for i in range(len(row.ids))] for row in rows], 0)
+        return DistillBatch(ids, mask, answer.bool(), torch.tensor(record), asked, [s.record.id for s in slots])

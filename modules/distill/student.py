@@ -1,0 +1,93 @@
+"""The student: the frozen model under the edits it starts from, with adapters that are trained.
+
+B rows, T tokens, d hidden width, r rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from modules.backbone import Backbone
+from modules.distill.start import joined, moved, placed
+from modules.interventions import LowRank, low_rank
+
+NAME = "default"  # peft's of the only adapter
+
+
+@dataclass
+class AdapterOptions:
+    """The adapters (library defaults as released; GPT-NeoX has `query_key_value` for the targets).
+
+    Args:
+        rank, alpha: their product is scaled by alpha / rank.
+        targets: names of linear layers, or the ends of them. Not the output head, of which the teacher's distributions
+            are made too.
+    """
+
+    rank: int = 8
+    alpha: int = 8
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise ValueError(
+                "model.adapters.rank must be at least 1, alpha positive, and targets name a layer; got "
+                f"{self.rank}, {self.alpha}, {self.targets}"
+            )
+
+    def peft(self) -> LoraConfig:
+        """peft's description of them."""
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), task_type="CAUSAL_LM")
+
+
+class Student(nn.Module):
+    """A backbone with adapters, which alone are trained. The teacher is the same model without them and without the
+    start (`modules.backbone.adapters_off`).
+
+    Raises:
+        ValueError: for targets that the model does not have.
+    """
+
+    def __init__(self, backbone: Backbone, adapters: AdapterOptions, start: Mapping[str, LowRank]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        try:
+            inject_adapter_in_model(adapters.peft(), backbone.model, NAME)
+        except ValueError as error:
+            within = sorted(
+                {n.rpartition(".")[2] for n, m in backbone.layers[0].named_modules() if not [*m.children()]}
+            )
+            raise ValueError(
+                f"model.adapters.targets {adapters.targets}: {error}. A layer of this model has {', '.join(within)}"
+            ) from error
+        self.language_model = backbone.model
+        for name, p in self.language_model.named_parameters():
+            p.requires_grad_("lora_" in name)
+        self.start = dict(start)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask [B, T], right-padded -> last hidden states [B, T, d]."""
+        self.start = moved(self.start, ids.device)
+        decoder: Any = self.language_model.base_model
+        with low_rank(self.language_model, placed(self.language_model, self.start)):
+            return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def adapters(self) -> dict[str, LowRank]:
+        """What the adapters add to each layer, by its name: terms of one row and rank r."""
+        layers = {n: m for n, m in self.language_model.named_modules() if isinstance(m, LoraLayer)}
+        return {n: _term(m) for n, m in layers.items()}
+
+    def terms(self) -> dict[str, LowRank]:
+        """All that stands between this model and the unedited one."""
+        return joined(moved(self.start, self.backbone.device), self.adapters())
+
+
+def _term(layer: LoraLayer) -> LowRank:
+    down: Any = layer.lora_A[NAME]
+    up: Any = layer.lora_B[NAME]
+    a, b = down.weight.detach().float(), up.weight.detach().float()  # [r, d_in], [d_out, r]
+    return LowRank(a[None], b.T[None] * layer.scaling[NAME])

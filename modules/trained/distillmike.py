@@ -1,0 +1,405 @@
+"""DistillMIKE: what a model says with demonstrations before its prompts, put into its adapters.
+
+Paper: "DistillMIKE: Editing Distillation of Massive In-Context Knowledge Editing in Large Language Models" (Qiao, Liu
+and Na); where the released code differs, a switch says so. Unlike the other trained editors it is trained on the edits
+that it is to make: the training records.
+
+B queries, T tokens, n scored tokens, d hidden width.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _InfiniteBarrier
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.records import EditRecord, EditRequest
+from modules.backbone import Backbone, BackboneConfig, adapters_off, load_backbone, load_tokenizer
+from modules.distill.editor import DistilledEditor, unknown_among
+from modules.distill.loss import kept_kl
+from modules.distill.queries import DistillBatch, DistillCollator, DistillQueries, Question, questions_of
+from modules.distill.start import make, read
+from modules.distill.store import BLOCK, Answered, Teaching, file_of, teach
+from modules.distill.student import AdapterOptions, Student
+from modules.distill.teacher import asked_of
+from modules.editor import Edited, Editor
+from modules.evaluation import Answers, RecordPool, evaluate_pool
+from modules.fingerprint import weights_hash
+from modules.interventions import LowRank, checkpointed
+from modules.losses import CHUNK, head_of, mean_per_row
+from modules.metrics import EditMetrics
+
+KEPT = "distilled"  # in a checkpoint: the edits, and the start
+
+
+@dataclass
+class DistillLoss:
+    """The two teachers' terms (paper, eq. 5). Each question counts by the mean over its target's tokens, each record by
+    the mean over its questions, so that the same records give the same update however they are split.
+
+    Args:
+        ike_weight: of questions in scope. 2 is the released factor of 1e5 on a mean that also runs over GPT-J's
+            vocabulary of 50,400.
+        base_weight: of the others; 0 is the paper's ablation without the unedited teacher (table 3).
+        chunk: tokens whose logits exist at one time.
+    """
+
+    ike_weight: float = 2.0
+    base_weight: float = 2.0
+    chunk: int = CHUNK
+
+    def __post_init__(self) -> None:
+        if min(self.ike_weight, self.base_weight) < 0 or not self.ike_weight + self.base_weight or self.chunk < 1:
+            raise ValueError(
+                "model.loss.ike_weight and base_weight must not be negative, nor both zero, and chunk at least 1; got "
+                f"{self.ike_weight}, {self.base_weight}, {self.chunk}"
+            )
+
+
+@dataclass
+class DistillOptimizer:
+    """AdamW at a constant rate after a linear warm-up (released: torch's defaults, no warm-up).
+
+    Args:
+        lr: of the adapters.
+        eps: added to the root of the second moment.
+        warmup_steps: in optimizer steps.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                "model.optimizer.lr must be positive, weight_decay and warmup_steps not negative, got "
+                f"{self.lr}, {self.weight_decay}, {self.warmup_steps}"
+            )
+
+    def share(self, step: int) -> float:
+        """The rate at a step, as a share of its peak."""
+        return min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+class DistillMIKE(L.LightningModule):
+    """Distils one set of edits, the training records', into adapters.
+
+    Before the first step it makes the edits that the student starts from and asks the teacher all questions; both are
+    of the model as it is loaded, so its precision is `backbone.dtype`, whatever the training's.
+
+    Args:
+        backbone: the language model to edit.
+        teacher: an editor that puts text before prompts, and nothing before those out of its edits' scope: MIKE
+            (published), IKE, RAG.
+        start: what the student starts from: an editor of weights by class_path and init_args (published: MEMIT), which
+            makes the edits then; a folder that `trainers.edit --save` wrote; or nothing.
+        queries: what a record asks.
+        teaching: how the teacher's distributions are made and kept.
+        loss: the loss terms.
+        adapters: what is trained.
+        optimizer: rates.
+        gradient_checkpointing: recompute activations in the backward pass.
+        exact_match: also validate by generation.
+        seed: of the adapters' start.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        teacher: Editor,
+        start: Editor | str | None = None,
+        queries: DistillQueries | None = None,
+        teaching: Teaching | None = None,
+        loss: DistillLoss | None = None,
+        adapters: AdapterOptions | None = None,
+        optimizer: DistillOptimizer | None = None,
+        gradient_checkpointing: bool = False,
+        exact_match: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone_config = backbone
+        self.teacher = teacher
+        self.start: Editor | str | None = start
+        self.queries = queries or DistillQueries()
+        self.teaching = teaching or Teaching()
+        self.loss = loss or DistillLoss()
+        self.adapters = adapters or AdapterOptions()
+        self.optimizer_config = optimizer or DistillOptimizer()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.exact_match = exact_match
+        self.seed = seed
+        self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
+        self.model: Student | None = None
+        self.requests: tuple[EditRequest, ...] = ()
+        self.answered: Answered | None = None
+        self._answers: Answers | None = None
+        self.metrics: EditMetrics | None = None
+
+    # ------------------------------------------------------------------ building
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.backbone_config)
+
+    def collator(self) -> DistillCollator:
+        """How the DataModule's slots become batches."""
+        return DistillCollator(self.tokenizer, self.queries)
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse what can be known to be wrong before any process is started.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {trainer.precision}: adapters train in 32 bits; set bf16-mixed or 32-true, and "
+                "model.backbone.dtype to bfloat16 to halve the language model"
+            )
+
+    @property
+    def student(self) -> Student:
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load the backbone; in a run, make the start and ask the teacher; then put the adapters in."""
+        if self.model is not None:
+            return
+        with torch.device("cpu"):  # Lightning would have tensors made on the GPU, generators of random numbers not
+            backbone = load_backbone(self.backbone_config, self.tokenizer)
+            start = self._prepared(backbone) if self._fitting else {}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self.model = Student(backbone, self.adapters, start)
+        self.model.train()
+
+    @property
+    def _fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    def editor(self) -> DistilledEditor:
+        """This module as an editor (contract of modules/editor.py)."""
+        return DistilledEditor(self.student.backbone, self.requests, self.student.terms())
+
+    @contextmanager
+    def original(self) -> Iterator[Backbone]:
+        """The unedited model: no adapters, no start."""
+        with adapters_off(self.student.language_model):
+            yield self.student.backbone
+
+    # ------------------------------------------------------------------ before training
+
+    def _prepared(self, backbone: Backbone) -> dict[str, LowRank]:
+        """Take the edits from the training data, ask the teacher about them, and make the student's start."""
+        trainer = self.trainer
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(datamodule, "calibration_records"):
+            raise TypeError("DistillMIKE distils the records of its DataModule: give it datamodules.EditDataModule")
+        records = sorted(datamodule.calibration_records(sys.maxsize), key=lambda r: (r.id, r.request.statement))
+        self.requests = tuple(dict.fromkeys(r for record in records for r in record.requests))
+        self._check_validation(datamodule.validation_records())
+        backbone.model.to(trainer.strategy.root_device)  # type: ignore[arg-type]
+        weights = trainer.strategy.broadcast(weights_hash(backbone.model) if trainer.is_global_zero else "")
+        self.answered = self._taught(backbone, records, weights)
+        return self._start(backbone, weights)
+
+    def _start(self, backbone: Backbone, weights: str) -> dict[str, LowRank]:
+        """What the student starts from, which rank 0 makes: it must be the same on all ranks, bit by bit. A run that
+        goes on has it from its checkpoint in the end."""
+        trainer, start = self.trainer, self.start
+        if start is None:
+            return {}
+        if isinstance(start, Editor):
+            rank_zero_info(f"start: {len(self.requests):,} edits by {start.name} ...")
+            made = ""
+            with _InfiniteBarrier():
+                if trainer.is_global_zero:
+                    made = str(make(start, backbone, self.requests, weights, self.teaching.where()))
+            start = trainer.strategy.broadcast(made)
+        rank_zero_info(f"start: {start}")
+        return read(Path(start), backbone)
+
+    def _check_validation(self, records: Sequence[EditRecord]) -> None:
+        if problem := unknown_among([r for record in records for r in record.requests], self.requests):
+            raise ValueError(
+                f"data.val: {problem}; validation is on what is distilled: give it the sources of data.train"
+            )
+
+    def _taught(self, backbone: Backbone, records: Sequence[EditRecord], weights: str) -> Answered:
+        """The teacher's answers to all questions; those that are not on disk are asked now, shared out over ranks."""
+        trainer, options = self.trainer, self.teaching
+        rank, world = trainer.global_rank, trainer.world_size
+        blocks = _blocks(records, self.queries)
+        files: dict[int, str] = {}
+        total = sum(map(len, blocks[rank::world]))
+        quiet = rank > 0 or trainer.progress_bar_callback is None
+        begin = time.perf_counter()
+        with (
+            _InfiniteBarrier(),
+            self.teacher.edit(backbone, self.requests) as edited,
+            tqdm(total=total, desc="teacher", unit="question", disable=quiet) as bar,
+        ):
+            if not hasattr(edited, "contexts"):
+                raise ValueError(
+                    f"model.teacher: {self.teacher.name} puts nothing before prompts, so there is nothing to distil; "
+                    "take MIKE, or another editor that does"
+                )
+            for i in range(rank, len(blocks), world):
+                asked = asked_of(edited, backbone, blocks[i])  # type: ignore[arg-type]
+                file = file_of(options, backbone, weights, asked)
+                if file.is_file():
+                    bar.update(len(asked))
+                else:
+                    teach(options, backbone, asked, file, bar.update)
+                files[i] = str(file)
+        every = _gathered(files)
+        answered = Answered([of[i] for i in range(len(blocks)) for of in every if i in of])
+        rank_zero_info(f"teacher: {answered.said()} ({time.perf_counter() - begin:.0f} s)")
+        return answered
+
+    # ------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "register_external"):
+            strategy.register_external([p for p in head_of(self.student.language_model) if p is not None])
+
+    def on_train_epoch_start(self) -> None:
+        self.student.eval()  # neither teacher nor student drops anything out (published: dropout 0)
+
+    def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
+        parts = self.losses(batch)
+        for name, value in parts.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
+        return parts["loss"]
+
+    def losses(self, batch: DistillBatch) -> dict[str, Tensor]:
+        """The loss and its parts for one micro-batch: `ike` of questions in scope, `base` of the others, each a share
+        of the mean over all."""
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        with checkpointed(self.student.language_model) if again else nullcontext():  # type: ignore[arg-type]
+            return self._losses(batch)
+
+    def _losses(self, batch: DistillBatch) -> dict[str, Tensor]:
+        assert self.answered is not None, "the teacher is asked when a run begins"
+        config, student = self.loss, self.student
+        hidden = student(batch.queries, batch.queries_mask)  # [B, T, d]
+        row, at = batch.queries_answer.nonzero(as_tuple=True)  # [n]; the token at i is predicted at i - 1
+        taught, inside = self.answered.look_up(batch.asked, hidden.device)
+        kl = kept_kl(hidden[row, at - 1], head_of(student.language_model), taught, config.chunk)
+        asked = batch.record.bincount(minlength=len(batch))
+        each = mean_per_row(kl, row, len(batch.asked)) / (asked[batch.record] * len(batch))  # [B]
+        parts = {"ike": (each * inside).sum(), "base": (each * ~inside).sum()}
+        return {"loss": config.ike_weight * parts["ike"] + config.base_weight * parts["base"], **parts}
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        optimizer = torch.optim.AdamW(
+            [p for p in self.student.parameters() if p.requires_grad],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
+        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
+        if self._answers is None:  # the original never changes: it is asked once in a run
+            self._answers = Answers(Edited(self.student.backbone))
+
+    def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
+        """One pool of the distilled records, by the same protocols as `trainers.evaluate`; all edits are in force."""
+        assert self._answers is not None
+        assert self.metrics is not None
+        with self.original():
+            self._answers.ask(batch.records, self.exact_match)
+        requests = [r for record in batch.records for r in record.requests]
+        with self.editor().edit(self.student.backbone, requests) as edited:
+            self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
+
+    def on_validation_epoch_end(self) -> None:
+        assert self.metrics is not None
+        for name, value in self.metrics.compute().items():
+            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def trained_names(self) -> set[str]:
+        """The tensors of a checkpoint: the adapters."""
+        return {n for n, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = self.trained_names()
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in names}
+        start = {n: {"a": t.a.cpu(), "b": t.b.cpu()} for n, t in self.student.start.items()}
+        checkpoint[KEPT] = {"requests": [asdict(r) for r in self.requests], "start": start}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the edits and the start from a checkpoint; the adapters come by their names.
+
+        Raises:
+            ValueError: for a checkpoint of other edits, or that does not fit this configuration.
+        """
+        self.configure_model()
+        names = self.trained_names()
+        saved = set(checkpoint.get("state_dict", names))  # a strategy that loads by itself also checks
+        if saved != names or KEPT not in checkpoint:
+            raise ValueError(
+                f"the checkpoint does not fit this configuration: {len(names - saved)} trained tensors are missing "
+                f"({', '.join(sorted(names - saved)[:3])}), {len(saved - names)} are unknown "
+                f"({', '.join(sorted(saved - names)[:3])}). Use the config.yaml that lies beside the checkpoint."
+            )
+        requests = tuple(EditRequest(**r) for r in checkpoint[KEPT]["requests"])
+        if self.requests and set(requests) != set(self.requests):
+            both = len(set(requests) & set(self.requests))
+            raise ValueError(
+                f"the checkpoint is of {len(requests)} edits, and data.train has {len(self.requests)}, {both} of them "
+                "the same: go on with the same data, or begin a run of its own"
+            )
+        self.requests = requests
+        self.student.start = {n: LowRank(**t) for n, t in checkpoint[KEPT]["start"].items()}
+
+
+def _blocks(records: Sequence[EditRecord], config: DistillQueries) -> list[list[Question]]:
+    """The questions of a few records each, every question once."""
+    seen: set[Question] = set()
+    blocks = []
+    for at in range(0, len(records), BLOCK):
+        asked = dict.fromkeys(q for record in records[at : at + BLOCK] for q in questions_of(record, config))
+        blocks.append([q for q in asked if q not in seen])
+        seen.update(asked)
+    return [block for block in blocks if block]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
