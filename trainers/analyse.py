@@ -116,11 +116,15 @@ def analyse(
 
 
 def refuse_others(folder: str) -> None:
-    """Refuse the export of another editor by its name, before anything of it is loaded.
+    """Refuse a folder that is no export, and the export of another editor by its name, before anything is loaded.
 
     Raises:
         ValueError: where it is one.
     """
+    if not (Path(folder) / "editor.json").is_file():
+        raise ValueError(
+            f"--editor {folder} is no exported editor: it has no editor.json. Make one with `python -m trainers.export`"
+        )
     name = facts_of(folder).get("editor", GistEditor.name)
     if name != GistEditor.name:
         raise ValueError(f"--editor {folder} is an export of {name!r}, which has no gists; give one of 'incomes'")

@@ -6,7 +6,7 @@ The paper's tables 4 and 5 and figure 3: seconds to encode edits and to decode u
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +22,7 @@ from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import now
 from modules.export import load_editor, versions
-from modules.gist.analysis_speed import accuracy, decoding, made_up, prefill, state_bytes
+from modules.gist.analysis_speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
 from modules.training_free.icl import InContext, Unedited
 from trainers.analyse import distinct, refuse_others
 from trainers.benchmark.cell import held
@@ -34,33 +34,6 @@ from trainers.workers import device_named
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (InContext, Unedited)}
 ENOUGH = 20.0  # seconds of encoding after which it is not repeated
-
-
-@dataclass(frozen=True)
-class Row:
-    """One editor under so many edits; None where it could not be measured, and `error` says why.
-
-    Args:
-        made_up: whether the records did not suffice, and edits were made of theirs.
-        encode_seconds: to make all edits, from text; a median.
-        prompt_seconds, token_seconds: see modules.gist.analysis_speed.Decoding.
-        state_bytes: what is kept of the edits.
-        peak_bytes: the most memory that was held while encoding and decoding, above what was held before.
-        reliability, generality: teacher-forced token accuracy, of records whose edits are in the pool; None where they
-            are made up.
-    """
-
-    editor: str
-    edits: int
-    made_up: bool
-    encode_seconds: float | None = None
-    prompt_seconds: float | None = None
-    token_seconds: float | None = None
-    state_bytes: int | None = None
-    peak_bytes: int | None = None
-    reliability: float | None = None
-    generality: float | None = None
-    error: str | None = None
 
 
 def speed(
@@ -113,7 +86,7 @@ def speed(
     model.model.to(place)  # type: ignore[arg-type]
     measured: list[tuple[Editor, Backbone]] = [(trained, trained.reader)]
     measured += [(BASELINES[name](), model) for name in names]
-    rows: list[Row] = []
+    rows: list[Measured] = []
     folder, console = Path(out), Console()
     about = {
         "command": command_line(),
@@ -156,7 +129,7 @@ def measure(
     new_tokens: int = 16,
     repeats: int = 3,
     batch_size: int = 4,
-) -> Row:
+) -> Measured:
     """One editor under these edits. What does not fit the context window, or the GPU, is a row that says so.
 
     Args:
@@ -174,8 +147,8 @@ def measure(
                 spent.append(_encode(stack, editor, backbone, requests)[1])
         scores = {} if is_made_up else _accuracies(editor, backbone, requests, records, batch_size)
     except (ValueError, torch.OutOfMemoryError) as error:
-        return Row(editor.name, len(requests), is_made_up, error=str(error).split("\n")[0])
-    return Row(
+        return Measured(editor.name, len(requests), is_made_up, error=str(error).split("\n")[0])
+    return Measured(
         editor.name,
         len(requests),
         is_made_up,
@@ -229,19 +202,19 @@ HEADS = (
 )
 LEGEND = (
     "Encoding: from text to a model that is ready for queries; prompt: to read a query and give its first token; a "
-    "token: each one after it, a query at a time. State: what is kept of the edits; peak: memory above what was held before. "
-    "Percent of tokens, teacher-forced. * edits made up of the records', for time and memory alone."
+    "token: each one after it, a query at a time. State: what is kept of the edits; peak: memory above what was held "
+    "before. Percent of tokens, teacher-forced. * edits made up of the records', for time and memory alone."
 )
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Measured]) -> str:
     """The table in Markdown, and below it what could not be measured and why."""
     lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 1)), *map(_cells, rows)]
     notes = [f"{r.editor}, {r.edits} edits: {r.error}" for r in rows if r.error]
     return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), LEGEND, *notes]) + "\n"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Measured) -> tuple[str, ...]:
     edits = f"{row.edits:,}{'*' if row.made_up else ''}"
     each = row.encode_seconds and row.encode_seconds / row.edits
     numbers = (
@@ -261,7 +234,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _print(rows: Sequence[Row], console: Console) -> None:
+def _print(rows: Sequence[Measured], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, head in enumerate(HEADS):
         table.add_column(head.replace(", ", "\n"), justify="right" if i else "left")

@@ -30,6 +30,33 @@ class Decoding:
     token: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One editor under so many edits; None where it could not be measured, and `error` says why.
+
+    Args:
+        made_up: whether the records did not suffice, and edits were made of theirs.
+        encode_seconds: to make all edits, from text; a median.
+        prompt_seconds, token_seconds: see `Decoding`.
+        state_bytes: what is kept of the edits.
+        peak_bytes: the most memory that was held while encoding and decoding, above what was held before.
+        reliability, generality: teacher-forced token accuracy, of records whose edits are in the pool; None where they
+            are made up.
+    """
+
+    editor: str
+    edits: int
+    made_up: bool
+    encode_seconds: float | None = None
+    prompt_seconds: float | None = None
+    token_seconds: float | None = None
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
+    reliability: float | None = None
+    generality: float | None = None
+    error: str | None = None
+
+
 @torch.no_grad()
 def prefill(edited: Edited) -> None:
     """Read what the edits put before every prompt, and keep it; nothing for a method that puts nothing there."""

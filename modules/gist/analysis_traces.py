@@ -101,7 +101,7 @@ class Place:
     entropy: float
 
 
-def by_place(found: Sequence[Selected], share: float = 0.1) -> list[Place]:
+def by_place(found: Sequence[Selected], share: float = 0.25) -> list[Place]:
     """The traces' mean, place by place, aligned where the answer begins.
 
     Args:

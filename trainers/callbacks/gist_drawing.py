@@ -1,14 +1,18 @@
 """The figures of `trainers.analyse` and `trainers.speed`: values in, a matplotlib Figure out (see figures.py)."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
+from modules.gist.analysis_speed import Measured
 from modules.gist.analysis_temperature import Aligned
 from modules.gist.analysis_traces import Place
 from trainers.callbacks.curves import COLOURS, MARKERS, legend, over_edits
 from trainers.callbacks.figures import GOLDEN, OTHER, ZERO, blank, open_axes
+
+ALL = "aligned, one for all layers"
 
 
 def temperature_figure(found: Sequence[Aligned], reference: int, configured: float) -> Figure:
@@ -24,13 +28,13 @@ def temperature_figure(found: Sequence[Aligned], reference: int, configured: flo
     for layer in range(layers if layers > 1 else 0):
         label = "one layer each" if layer == 0 else None
         left.plot(sizes, _drawn(a.temperatures[layer] for a in found), "-", color="#BBBBBB", linewidth=0.9, label=label)
-    left.plot(sizes, _drawn(a.temperature for a in found), "o-", color=GOLDEN, label="aligned, one for all layers")
+    left.plot(sizes, _drawn(a.temperature for a in found), "o-", color=GOLDEN, markersize=4, label=ALL)
     left.axhline(configured, color=ZERO, linestyle="--", linewidth=1.2, label=f"as configured ({configured:g})")
     left.set(title="temperature that keeps the entropy", ylabel="temperature")
     left.set_ylim(bottom=0)
     then = [(a.edits, _mean(a.entropy_then)) for a in found if a.entropy_then]
-    right.plot(sizes, [_mean(a.entropy) for a in found], "s-", color=OTHER, label="at temperature 1")
-    right.plot(*zip(*then, strict=True), "o-", color=GOLDEN) if then else None
+    right.plot(sizes, [_mean(a.entropy) for a in found], "s-", color=OTHER, markersize=4, label="at temperature 1")
+    right.plot(*zip(*then, strict=True), "o-", color=GOLDEN, markersize=4) if then else None
     goal = next(_mean(a.entropy) for a in found if a.edits == reference)
     label = f"pool of {reference}, temperature 1"
     right.axhline(goal, color="black", linestyle=":", linewidth=1.2, label=label)
@@ -38,7 +42,7 @@ def temperature_figure(found: Sequence[Aligned], reference: int, configured: flo
     right.set_ylim(bottom=0)
     for axes in (left, right):
         over_edits(axes, sizes)
-        axes.set_xlabel("edits in the pool")
+        axes.set(xlabel="edits in the pool", xlim=(0.9 * sizes[0], 1.1 * sizes[-1]))
     handles = [axes.get_legend_handles_labels() for axes in (left, right)]
     figure.legend(
         [h for hs, _ in handles for h in hs],
@@ -68,30 +72,19 @@ def place_figure(right: Sequence[Place], wrong: Sequence[Place], edits: int) -> 
             queries = max(p.queries for p in places)
             style = "o-" if name == "answered right" else "s--"
             values = [getattr(p, what) for p in places]
-            axes.plot([p.at for p in places], values, style, color=colour, markersize=3.5, linewidth=1.4, label=None)
+            axes.plot([p.at for p in places], values, style, color=colour, markersize=2.5, linewidth=1.4)
             axes.plot([], [], style, color="black", markersize=3.5, linewidth=1.4, label=f"{name} ({queries} queries)")
         last = max(p.at for _, places in drawn for p in places)
         axes.axvspan(-0.5, last + 0.5, color="#EEEEEE", zorder=0, linewidth=0)
-        axes.set(title=title, ylabel=label, xlabel="tokens from the answer (grey: they predict it)")
+        axes.set(title=title, ylabel=label)
         axes.set_ylim(-0.03, 1.03) if what != "entropy" else axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         open_axes(axes)
+    below = "place of the token, counted from the first one that predicts the answer (grey: all that do)"
+    figure.supxlabel(below, fontsize=9)
     legend(figure, panels[0])
     figure.suptitle(f"What tokens select along a query, pools of {edits} edits, means over layers", fontsize=10)
     return figure
-
-
-class Measured(Protocol):
-    """The part of a row of `trainers.speed` that its figure shows; see there."""
-
-    editor: str
-    edits: int
-    encode_seconds: float | None
-    token_seconds: float | None
-    state_bytes: int | None
-    reliability: float | None
-    generality: float | None
-    error: str | None
 
 
 def speed_figure(rows: Sequence[Measured]) -> Figure:
@@ -112,7 +105,8 @@ def speed_figure(rows: Sequence[Measured]) -> Figure:
             own = [r for r in rows if r.editor == editor]
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5}
             for dash, (what, unit) in zip(("-", "--"), parts.items(), strict=False):
-                at = [(r.edits, unit * getattr(r, what)) for r in own if getattr(r, what) is not None]
+                values = [(r.edits, getattr(r, what)) for r in own]
+                at = [(n, unit * v) for n, v in values if v is not None and (v or not logarithmic)]
                 name = editor if dash == "-" else None
                 axes.plot([n for n, _ in at], [v for _, v in at], dash, label=name, linewidth=1.4, **look)
             stopped = min((r.edits for r in own if r.error), default=None)
@@ -123,7 +117,10 @@ def speed_figure(rows: Sequence[Measured]) -> Figure:
         over_edits(axes, sizes)
         axes.set_xlabel("edits")
         if logarithmic:
-            axes.set_yscale("symlog" if any(0.0 in line.get_ydata() for line in axes.lines[: len(editors)]) else "log")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
         elif unit_of == "token accuracy":
             axes.set_ylim(-0.03, 1.03)
         else:
