@@ -157,7 +157,8 @@ def measure(
         token_seconds=decoded.token,
         state_bytes=kept,
         peak_bytes=memory.peak - memory.before,
-        **scores,
+        reliability=scores.get("reliability"),
+        generality=scores.get("generality"),
     )
 
 

@@ -95,7 +95,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> float:
     return float(-(logp.exp() * logp).sum(-1).mean())
 
 
-def aligned(logits: Sequence[Tensor], wanted: float, steps: int = 40) -> float | None:
+def aligned(logits: Sequence[Tensor], wanted: float, steps: int = 24) -> float | None:
     """The temperature at which the mean entropy of the layers' choices, each [S, N + 1], is as wanted; None: none is.
 
     By bisection of its logarithm: entropy grows with temperature, dH/dT = Var(logits) / T^3.

@@ -55,9 +55,9 @@ def test_logits_that_are_s_times_as_large_need_temperature_s() -> None:
     torch.manual_seed(0)
     logits = torch.randn(7, 5)
     for s in (0.2, 1.0, 3.0):
-        assert aligned([s * logits], entropy(logits)) == pytest.approx(s, rel=1e-6)
+        assert aligned([s * logits], entropy(logits)) == pytest.approx(s, rel=1e-5)
     both = (entropy(logits) + entropy(2 * logits)) / 2
-    assert aligned([3 * logits, 6 * logits], both) == pytest.approx(3.0, rel=1e-6)
+    assert aligned([3 * logits, 6 * logits], both) == pytest.approx(3.0, rel=1e-5)
 
 
 def test_what_no_temperature_gives_is_none() -> None:
@@ -135,7 +135,7 @@ def test_alignment(tiny_gists: Callable[..., GistModel], many: list[EditRecord],
     assert [a.edits for a in found] == [3, 4, 12]
     assert done == [3, 12, 4]
     first, _, last = found
-    assert first.temperature == pytest.approx(1, rel=1e-6)
+    assert first.temperature == pytest.approx(1, rel=1e-5)
     assert first.entropy_then is None  # a pool of three has no temperature
     assert last.temperature is not None
     assert last.temperature < 1  # more to choose from
