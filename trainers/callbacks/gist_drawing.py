@@ -76,14 +76,13 @@ def place_figure(right: Sequence[Place], wrong: Sequence[Place], edits: int) -> 
             axes.plot([], [], style, color="black", markersize=3.5, linewidth=1.4, label=f"{name} ({queries} queries)")
         last = max(p.at for _, places in drawn for p in places)
         axes.axvspan(-0.5, last + 0.5, color="#EEEEEE", zorder=0, linewidth=0)
-        axes.set(title=title, ylabel=label)
+        axes.set(title=title, ylabel=label, xlabel="place")
         axes.set_ylim(-0.03, 1.03) if what != "entropy" else axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         open_axes(axes)
-    below = "place of the token, counted from the first one that predicts the answer (grey: all that do)"
-    figure.supxlabel(below, fontsize=9)
     legend(figure, panels[0])
-    figure.suptitle(f"What tokens select along a query, pools of {edits} edits, means over layers", fontsize=10)
+    counted = "places counted from the first token that predicts the answer (grey: all that do); means over layers"
+    figure.suptitle(f"What tokens select along a query, pools of {edits} edits\n{counted}", fontsize=9)
     return figure
 
 
