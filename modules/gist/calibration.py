@@ -126,8 +126,8 @@ def _fit(matcher: GistMatcher, cases: list[_Case], draw: random.Random, steps: i
 
 
 def _ask(matcher: GistMatcher, cases: list[_Case], draw: random.Random) -> tuple[Tensor, Tensor]:
-    """One query in scope and one out of it for each case: log-probabilities [B, N + 1] at the last token, and the
-    right choice [B], N where it is none."""
+    """One query in scope and, where there is a zero-gist to choose, one out of it for each case: log-probabilities
+    [B, N + 1] at the last token, and the right choice [B], N where it is none."""
     address, _ = matcher(*_stack([c.edit for c in cases]))
     queries: list[Tensor] = []
     golden: list[int] = []
@@ -136,7 +136,7 @@ def _ask(matcher: GistMatcher, cases: list[_Case], draw: random.Random) -> tuple
         queries.append(draw.choice(case.inside))
         golden.append(i)
         free = [s for text, s in case.outside if not any(x in text for x in subjects - {case.subject})]
-        if free:
+        if free and matcher.zero_gist:
             queries.append(draw.choice(free))
             golden.append(len(cases))
     states, mask = _stack(queries)

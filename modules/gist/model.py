@@ -52,8 +52,11 @@ class GistConfig:
             raise ValueError(f"gist.match_layer is a share of the depth, 0 <= share < 1, got {self.match_layer}")
 
     def active(self, depth: int) -> range:
-        """The layers that take part, of a model of so many."""
-        return range(depth // 2 if self.layers == "upper" else 0, depth)
+        """The layers that take part, of a model of so many. Below the layer that `hidden` selection sees nothing is
+        chosen yet, so with it `all` are those from there on."""
+        if self.layers == "upper":
+            return range(depth // 2, depth)
+        return range(int(depth * self.match_layer) if self.selection == "hidden" else 0, depth)
 
 
 class GistModel(nn.Module):

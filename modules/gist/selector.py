@@ -52,24 +52,45 @@ class GistSelector(nn.Module):
             output [B, T, H, D], and with `trace` the log of the probabilities' mean over heads [B, T, N + 1], the
             zero-gist last.
         """
+        if trace:
+            logp = self.log_probs(query, gists, visible, scaling, temperature, scope)
+            grouped = logp[..., :-1].exp().to(gists.values).unflatten(1, (gists.values.shape[1], -1))
+            out = torch.einsum("bkgtn,nkd->btkgd", grouped, gists.values).flatten(2, 3)  # the zero-gist's value is zero
+            return out, torch.logsumexp(logp, dim=1) - torch.log(torch.tensor(float(logp.shape[1])))
         keys = torch.cat([gists.keys, self.zero_key[None].to(gists.keys)])  # [N + 1, K, D]
         values = torch.cat([gists.values, torch.zeros_like(gists.values[:1])])
-        b, h, t, width = query.shape
+        b, _, t, width = query.shape
+        k = keys.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)  # [B, K, N + 1, D]
+        v = values.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)
+        mask = None
+        if scope is not None:
+            mask = scope[:, None].clamp(min=HIDDEN).to(query)
+        elif visible is not None or not self.zero_gist:
+            mask = self._seen(gists, visible)[:, None, None].expand(b, 1, t, -1)
         scale = (scaling or width**-0.5) / temperature
-        seen = torch.ones(1, len(gists), dtype=torch.bool, device=query.device) if visible is None else visible
-        seen = F.pad(seen, (0, 1), value=self.zero_gist)  # [B or 1, N + 1]
-        if not trace:
-            k = keys.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)  # [B, K, N + 1, D]
-            v = values.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)
-            mask = None if visible is None and self.zero_gist else seen[:, None, None].expand(b, 1, t, -1)
-            if scope is not None:
-                mask = scope[:, None].clamp(min=HIDDEN).to(query)
-            out = F.scaled_dot_product_attention(query, k, v, mask, scale=scale, enable_gqa=True)
-            return out.transpose(1, 2), None
+        out = F.scaled_dot_product_attention(query, k, v, mask, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    def log_probs(
+        self,
+        query: Tensor,
+        gists: LayerGists,
+        visible: Tensor | None = None,
+        scaling: float | None = None,
+        temperature: float = 1.0,
+        scope: Tensor | None = None,
+    ) -> Tensor:
+        """Each head's choice [B, H, T, N + 1], the zero-gist last; arguments as of `forward`."""
+        keys = torch.cat([gists.keys, self.zero_key[None].to(gists.keys)])
+        scale = (scaling or query.shape[-1] ** -0.5) / temperature
         grouped = query.unflatten(1, (keys.shape[1], -1))  # [B, K, G, T, D]: the heads of a group share keys
         logits = torch.einsum("bkgtd,nkd->bkgtn", grouped.float(), keys.float()) * scale
         if scope is not None:
             logits = logits + scope[:, None, None]
-        logp = F.log_softmax(logits.masked_fill(~seen[:, None, None, None], HIDDEN), dim=-1)
-        out = torch.einsum("bkgtn,nkd->btkgd", logp.exp().to(values), values).flatten(2, 3)
-        return out, torch.logsumexp(logp.flatten(1, 2), dim=1) - torch.log(torch.tensor(float(h)))
+        logits = logits.masked_fill(~self._seen(gists, visible)[:, None, None, None], HIDDEN)
+        return F.log_softmax(logits, dim=-1).flatten(1, 2)
+
+    def _seen(self, gists: LayerGists, visible: Tensor | None) -> Tensor:
+        """What a row may choose [B or 1, N + 1]."""
+        seen = torch.ones(1, len(gists), dtype=torch.bool, device=gists.keys.device) if visible is None else visible
+        return F.pad(seen, (0, 1), value=self.zero_gist)

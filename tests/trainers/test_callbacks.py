@@ -21,18 +21,19 @@ from modules.backbone import BackboneConfig
 from modules.byte_tokenizer import byte_tokenizer
 from modules.editor import Edited
 from modules.evaluation import Answers, evaluate
+from modules.gist.analysis import ask, in_and_out_of_scope, profile
 from modules.gist.model import GistConfig
 from modules.trained.incomes import InComeS
 from modules.trained.incomes_config import LoraOptions
 from modules.training_free.icl import InContext, Unedited
 from trainers.callbacks import sample_edits, selection_figures, throughput
 from trainers.callbacks.common import untouched, validation_records
-from trainers.callbacks.figures import heat_map, profile
+from trainers.callbacks.figures import heat_map
 from trainers.callbacks.final_evaluation import FinalEvaluation, drawn_records
 from trainers.callbacks.grad_norm import GradNorm
 from trainers.callbacks.pool_sizes import PoolSizes, pool_sizes
 from trainers.callbacks.sample_edits import SampleEdits
-from trainers.callbacks.selection_figures import SelectionFigures, ask, in_and_out_of_scope
+from trainers.callbacks.selection_figures import SelectionFigures
 from trainers.callbacks.throughput import Throughput, count
 
 TINY = {

@@ -9,7 +9,8 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
-from trainers.callbacks.figures import GOLDEN, MOST_TOKENS, Selection, heat_map, layer_profile, profile, token_trace
+from modules.gist.analysis import Selection, profile
+from trainers.callbacks.figures import GOLDEN, MOST_TOKENS, heat_map, layer_profile, token_trace
 
 EDITS = ["Lyon", "a subject with a very long name", "$x_1$"]
 

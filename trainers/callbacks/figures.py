@@ -6,78 +6,17 @@ N edits; the zero-gist is the last choice. Colours are of the Okabe-Ito palette,
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
+
+from modules.gist.analysis import Profile, Selection
 
 GOLDEN, ZERO, OTHER = "#D55E00", "#0072B2", "#666666"
 CHOICES = "Blues"  # one hue from light to dark
 MOST_TOKENS = 40  # rows of a heat map; of a longer query the last ones, where the answer is
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What the tokens of one query selected.
-
-    Args:
-        tokens: the query's tokens, without the last one, which predicts nothing of the answer.
-        probabilities: [L, T, N + 1], the zero-gist last.
-        answer_from: the first token that predicts a part of the answer; all after it do too.
-        golden: the edit that should be read; None: the query is out of every edit's scope.
-        right: whether all tokens of the answer are the most probable ones.
-        question, edit: the query, and the statement of the golden edit, as text.
-    """
-
-    tokens: Sequence[str]
-    probabilities: Tensor
-    answer_from: int
-    golden: int | None = None
-    right: bool | None = None
-    question: str = ""
-    edit: str = ""
-
-    @property
-    def zero(self) -> Tensor:
-        """The zero-gist's probability [L, T]."""
-        return self.probabilities[..., -1]
-
-    @property
-    def of_golden(self) -> Tensor:
-        """The golden gist's probability [L, T]; 0 out of scope."""
-        return self.probabilities[..., self.golden] if self.golden is not None else torch.zeros_like(self.zero)
-
-    @property
-    def entropy(self) -> Tensor:
-        """Entropy of the choice in nats [L, T]; ln(N + 1) is the most."""
-        return torch.special.entr(self.probabilities).sum(-1)
-
-
-class Profile(NamedTuple):
-    """Means by layer, each [L]: over the tokens that predict a query's answer, then over queries."""
-
-    zero: Tensor
-    golden: Tensor
-    entropy: Tensor
-
-
-def profile(selections: Sequence[Selection]) -> Profile:
-    """The mean of selections.
-
-    Raises:
-        ValueError: without any.
-    """
-    if not selections:
-        raise ValueError("a profile needs at least one selection")
-
-    def mean(name: str) -> Tensor:
-        return torch.stack([getattr(s, name)[:, s.answer_from :].mean(1) for s in selections]).mean(0)
-
-    return Profile(mean("zero"), mean("of_golden"), mean("entropy"))
 
 
 def heat_map(selection: Selection, edits: Sequence[str], panels: Sequence[str], columns: int = 5) -> Figure:

@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 
 import lightning as L
-import torch
 
-from datamodules.records import EditRecord, Query
-from datamodules.tokens import encode, pad, pad_id
-from modules.evaluation import without_collisions
+from modules.gist.analysis import Profile, Selection, in_and_out_of_scope, profile, right_and_wrong
 from modules.gist.editor import GistEdited, GistEditor
 from trainers.callbacks.common import trained_editor, untouched, validation_records, writers
-from trainers.callbacks.figures import Profile, Selection, heat_map, layer_profile, profile, token_trace
+from trainers.callbacks.figures import heat_map, layer_profile, token_trace
 
 
 class SelectionFigures(L.Callback):
@@ -73,74 +70,9 @@ class SelectionFigures(L.Callback):
                 file.add_figure(f"selection/{name}", figure, trainer.global_step)
 
 
-def in_and_out_of_scope(edited: GistEdited, records: Sequence[EditRecord]) -> tuple[list[Selection], list[Selection]]:
-    """What the tokens of one rephrase (or the edit's own prompt) and of one locality query of each record select.
-
-    Locality queries that name the subject of another edit of the pool are passed over.
-    """
-    place = {request.statement: i for i, request in enumerate(edited.requests)}
-    inside = [(query, place[r.request.statement]) for r in records if (query := _rephrase(r))]
-    kept, _ = without_collisions(records)
-    outside = [next(iter(queries)) for r in kept if (queries := [q for qs in r.locality.values() for q in qs])]
-    found = ask(edited, [q for q, _ in inside] + outside, [i for _, i in inside] + [None] * len(outside))
-    return found[: len(inside)], found[len(inside) :]
-
-
-@torch.no_grad()
-def ask(edited: GistEdited, queries: Sequence[Query], golden: Sequence[int | None]) -> list[Selection]:
-    """Read each query with its answer in one forward pass, and keep what its tokens select.
-
-    Args:
-        golden: place in the pool of the edit that each query should read; None: none.
-    """
-    backbone, tokenizer = edited.backbone, edited.backbone.tokenizer
-    rows = [encode(tokenizer, q.prompt, q.target, bos=edited.bos) for q in queries]
-    ids, mask = (t.to(backbone.device) for t in pad([r.ids for r in rows], pad_id(tokenizer)))
-    trace: dict[int, torch.Tensor] = {}
-    states = edited.decode(ids, mask, trace=trace)[0].last_hidden_state  # [B, T, d]
-    choices = list({id(t): t for t in trace.values()}.values())  # one tensor where all layers share a choice
-    probabilities = torch.stack(choices, 1).float().exp().cpu()  # [B, L, T, N + 1]
-    head = backbone.model.get_output_embeddings()
-    assert head is not None
-    found = []
-    for i, (row, query) in enumerate(zip(rows, queries, strict=True)):
-        start = max(row.target_start, 1)  # the token at i is predicted at i - 1
-        best = head(states[i, start - 1 : len(row.ids) - 1]).argmax(-1)
-        at = golden[i]
-        found.append(
-            Selection(
-                tokens=[_show(str(tokenizer.decode([token]))) for token in row.ids[:-1]],
-                probabilities=probabilities[i, :, : len(row.ids) - 1],
-                answer_from=start - 1,
-                golden=at,
-                right=best.tolist() == list(row.ids[start:]),
-                question=f"{query.prompt} → {query.target}",
-                edit="" if at is None else edited.requests[at].statement,
-            )
-        )
-    return found
-
-
 def scalars(inside: Profile, outside: Profile | None) -> dict[str, float]:
     """Means over layers, by their names in TensorBoard."""
     values = {"zero_gist_in_scope": inside.zero, "golden": inside.golden, "entropy": inside.entropy}
     if outside is not None:
         values["zero_gist_out_of_scope"] = outside.zero
     return {f"selection/{name}": float(value.mean()) for name, value in values.items()}
-
-
-def right_and_wrong(selections: Sequence[Selection]) -> list[Selection]:
-    """The first query that is answered rightly and the first that is not, or whichever there is."""
-    firsts = [next((s for s in selections if s.right is right), None) for right in (True, False)]
-    return [s for s in firsts if s is not None]
-
-
-def _rephrase(record: EditRecord) -> Query | None:
-    request = record.request
-    own = [Query(request.prompt, (request.target,))] if request.prompt and request.target else []
-    return next((q for q in (*record.rephrases, *own) if q.prompt), None)
-
-
-def _show(token: str) -> str:
-    """A token's text, visible also where it is white space."""
-    return token.replace("\n", "↵").strip() or "␣"

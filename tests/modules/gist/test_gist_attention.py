@@ -257,6 +257,12 @@ def test_active_layers(tiny_gists: Callable[..., GistModel], layers: str) -> Non
     assert sorted(model.compress(*rows(model.backbone, EDITS)).layers) == list(model.active)
 
 
+def test_all_layers_with_hidden_selection_are_those_that_know_the_choice(tiny_gists: Callable[..., GistModel]) -> None:
+    model = tiny_gists(layers="all", selection="hidden", match_layer=0.3)
+    assert list(model.active) == [1, 2, 3]
+    assert model.match_layer == 1
+
+
 def test_told_is_taken_back(tiny: Callable[..., Backbone]) -> None:
     backbone = tiny("gptj")
     call = GistCall(range(2, 4), torch.ones(1, 1))

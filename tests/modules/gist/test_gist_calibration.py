@@ -25,6 +25,19 @@ def right(model: GistModel, facts: list[EditRecord]) -> float:
     return float((logp.argmax(-1) == golden).float().mean())
 
 
+def test_without_a_zero_gist_nothing_out_of_scope_is_asked(
+    tiny_gists: Callable[..., GistModel], facts: list[EditRecord]
+) -> None:
+    for zero_gist in (True, False):
+        model = tiny_gists(selection="hidden", zero_gist=zero_gist)
+        assert model.matcher is not None
+        logp, golden = _ask(model.matcher, _states(model, facts[:8]), random.Random(0))
+        assert bool((golden == 8).any()) == zero_gist
+        assert len(golden) >= 8
+        # the choice that does not exist has a log-probability of -1e9, from which nothing can be learned
+        assert -logp[torch.arange(len(golden)), golden].min() < 1e3
+
+
 @pytest.mark.parametrize("selection", ["hidden", "both"])
 def test_reproducible_and_leaves_the_rest_alone(
     tiny_gists: Callable[..., GistModel], facts: list[EditRecord], selection: str

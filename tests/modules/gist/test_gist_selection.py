@@ -63,6 +63,21 @@ def test_selector_is_softmax_of_query_times_key(zero_gist, visibility, scaling, 
 
 
 @torch.no_grad()
+def test_choices_of_single_heads() -> None:
+    selector, query, gists = case()
+    visible = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]]).bool()
+    scope = torch.randn(B, T, N + 1)
+    found = selector.log_probs(query, gists, visible, 0.7, 0.5, scope).exp()
+    for b, h, t in ((0, 0, 1), (1, 3, 2), (1, 1, 0)):
+        keys = torch.cat([gists.keys[:, h // (H // K)], selector.zero_key[None, h // (H // K)]])
+        logits = keys @ query[b, h, t] * 0.7 / 0.5 + scope[b, t]
+        seen = torch.cat([visible[b], torch.tensor([True])])
+        torch.testing.assert_close(found[b, h, t], logits.masked_fill(~seen, -torch.inf).softmax(-1))
+    mean = selector(query, gists, visible, 0.7, 0.5, scope, trace=True)[1].exp()
+    torch.testing.assert_close(found.mean(1), mean)
+
+
+@torch.no_grad()
 def test_scope_is_added_to_the_logits() -> None:
     selector, query, gists = case()
     scope = torch.randn(B, T, N + 1).log_softmax(-1)

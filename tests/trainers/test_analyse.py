@@ -1,0 +1,225 @@
+"""`python -m trainers.analyse` and `trainers.speed` on exports of random models, and their figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modules.backbone import BackboneConfig
+from modules.export import export
+from modules.gist.analysis_speed import Measured
+from modules.gist.analysis_temperature import Aligned
+from modules.gist.analysis_traces import Place
+from modules.gist.model import GistConfig
+from modules.trained.incomes import InComeS
+from modules.trained.mend import MEND
+from trainers.analyse import analyse, trained_on
+from trainers.callbacks.figures import GOLDEN
+from trainers.callbacks.gist_drawing import place_figure, speed_figure, temperature_figure
+from trainers.command import run
+from trainers.speed import markdown, speed
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 700,
+}
+DATA = '--data=[{"format": "facts", "options": {"split": "test"}, "limit": 40}]'
+
+
+@pytest.fixture(scope="module", params=["qk", "hidden"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / "editor"
+    torch.manual_seed(0)
+    module = InComeS(BackboneConfig("random:llama", overrides=SHAPE), GistConfig(selection=request.param))
+    module.configure_model()
+    export(module, folder, {"data": {"init_args": {"pool_sizes": [2, 4]}}})
+    return folder
+
+
+def test_analyse_writes_everything(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "analysis"
+    run(analyse, [f"--editor={exported}", DATA, "--pool_sizes=3,12", "--queries=6", f"--out={out}"])
+    told = json.loads((out / "analysis.json").read_text())
+    temperature = told["temperature"]
+    assert temperature["reference"] == 4  # the largest of its training
+    assert [p["edits"] for p in temperature["pools"]] == [3, 4, 12]
+    assert temperature["to_set"] == temperature["pools"][-1]["temperature"]
+    layers = 2 if told["meta"]["selection"] == "qk" else 1
+    assert told["meta"]["layers"] == [2, 3]
+    assert set(told["selection"]) == {"3", "12"}
+    for one in told["selection"].values():
+        assert one["queries"]["in_scope"] == 6
+        assert 0 < one["queries"]["out_of_scope"] <= 6
+        assert len(one["by_layer"]["in_scope"]["zero"]) == len(one["by_layer"]["out_of_scope"]["zero"]) == layers
+        assert all(0 <= p <= 1 for p in one["by_layer"]["in_scope"]["golden"])
+        share = one["answered_right"]["in_scope"]
+        assert bool(one["by_place"]["right"]) == (share > 0)
+        assert bool(one["by_place"]["wrong"]) == (share < 1)
+    pictures = {"temperature"} | {f"{name}_{n}" for name in ("layers", "places", "tokens") for n in (3, 12)}
+    assert {p.stem for p in out.glob("*.png")} == pictures
+    assert all((out / f"{name}.png").stat().st_size > 5000 for name in pictures)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "to set for pools of 12: gist.temperature" in said
+    assert "keeps the entropy of pools of 4" in said
+
+
+def test_analyse_aligns_to_what_is_asked_for(exported: Path, tmp_path: Path) -> None:
+    run(analyse, [f"--editor={exported}", DATA, "--pool_sizes=10", "--reference=1", "--queries=2", f"--out={tmp_path}"])
+    pools = json.loads((tmp_path / "analysis.json").read_text())["temperature"]["pools"]
+    assert [p["edits"] for p in pools] == [1, 10]
+    assert pools[0]["temperature"] == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pool_sizes=41"], "the largest pool has 41 edits, the data has 40 different ones"),
+        (["--pool_sizes=0"], "all must be at least 1"),
+        (["--device=cuda:7"], "CUDA devices"),
+    ],
+)
+def test_analyse_says_what_is_wrong(exported: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(analyse, [f"--editor={exported}", DATA, *more, f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [analyse, speed])
+def test_an_export_of_another_editor_is_refused_by_name(command: Any, tmp_path: Path) -> None:
+    module = MEND(BackboneConfig("random:llama", overrides=SHAPE))
+    module.configure_model()
+    export(module, tmp_path / "mend")
+    (tmp_path / "mend" / "editor.safetensors").unlink()  # nothing of it needs to be loaded for that
+    with pytest.raises(SystemExit, match="is an export of 'mend', which has no gists"):
+        run(command, [f"--editor={tmp_path / 'mend'}", DATA])
+    with pytest.raises(SystemExit, match=r"no editor\.json"):
+        run(command, [f"--editor={tmp_path}", DATA])
+
+
+def test_the_pools_of_training(exported: Path, tmp_path: Path) -> None:
+    assert trained_on(str(exported)) == 4
+    assert trained_on(str(tmp_path)) == 1
+    (tmp_path / "editor.json").write_text("{}")
+    assert trained_on(str(tmp_path)) == 1
+
+
+def test_temperature_figure() -> None:
+    found = [
+        Aligned(1, [0.5, 0.7], [1.0, 1.0], 1.0, None, 9),
+        Aligned(10, [1.0, 1.6], [None, 0.6], 0.7, [0.5, 0.9], 9),
+        Aligned(100, [2.0, 2.4], [0.5, 0.4], 0.45, [0.6, 0.6], 9),
+    ]
+    temperatures, entropies = temperature_figure(found, reference=1, configured=0.3).axes
+    first, second, all_layers, level = temperatures.lines
+    assert list(first.get_xdata()) == [1, 10, 100]
+    assert [repr(float(y)) for y in first.get_ydata()] == ["1.0", "nan", "0.5"]  # a gap where no temperature would do
+    assert list(second.get_ydata()) == [1.0, 0.6, 0.4]
+    assert list(all_layers.get_ydata()) == [1.0, 0.7, 0.45]
+    assert list(level.get_ydata()) == [0.3, 0.3]
+    now, then, goal = entropies.lines
+    assert list(now.get_ydata()) == pytest.approx([0.6, 1.3, 2.2])
+    assert (list(then.get_xdata()), list(then.get_ydata())) == ([10, 100], pytest.approx([0.7, 0.6]))
+    assert list(goal.get_ydata()) == pytest.approx([0.6, 0.6])
+    assert temperatures.get_xlabel() == "edits in the pool"
+
+
+def test_one_choice_for_all_layers_is_one_line() -> None:
+    found = [Aligned(n, [0.5], [1.0], 1.0, None, 9) for n in (1, 5)]
+    temperatures, entropies = temperature_figure(found, 1, 0.45).axes
+    assert str(temperatures.lines[0].get_label()).startswith("aligned")
+    assert len(temperatures.lines) == len(entropies.lines) == 2  # pools without a temperature have no entropy with it
+
+
+def test_place_figure() -> None:
+    right = [Place(-1, 8, 0.9, 0.1, 0.5), Place(0, 8, 0.2, 0.7, 0.6)]
+    wrong = [Place(0, 3, 0.6, 0.2, 1.1), Place(1, 2, 0.5, 0.3, 1.2)]
+    figure = place_figure(right, wrong, 100)
+    drawn = {a.get_title(): [line for line in a.lines if len(line.get_xdata())] for a in figure.axes}
+    golden, zero, entropy = drawn.values()
+    assert [list(line.get_ydata()) for line in golden] == [[0.1, 0.7], [0.2, 0.3]]
+    assert [list(line.get_ydata()) for line in zero] == [[0.9, 0.2], [0.6, 0.5]]
+    assert [list(line.get_ydata()) for line in entropy] == [[0.5, 0.6], [1.1, 1.2]]
+    assert [list(line.get_xdata()) for line in golden] == [[-1, 0], [0, 1]]
+    texts = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert texts == ["answered right (8 queries)", "answered wrong (3 queries)"]
+    assert len(place_figure(right, [], 100).legends[0].get_texts()) == 1
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_speed_marks_what_does_not_fit(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--edits=4,40,60", "--queries=2", "--new_tokens=3", "--repeats=1"]
+    run(speed, [f"--editor={exported}", DATA, *small, "--baselines=icl", f"--out={tmp_path}"])
+    told = json.loads((tmp_path / "speed.json").read_text())
+    rows = {(r["editor"], r["edits"]): r for r in told["rows"]}
+    assert list(rows) == [(e, n) for n in (4, 40, 60) for e in ("incomes", "icl")]
+    assert told["meta"]["records"] == 40
+    assert told["meta"]["edit_tokens"] > 20
+    for (editor, edits), row in rows.items():
+        if editor == "icl" and edits > 4:
+            assert "the context window has 700" in row["error"]
+            assert row["encode_seconds"] is row["reliability"] is None
+            continue
+        assert row["error"] is None
+        assert min(row["encode_seconds"], row["prompt_seconds"], row["token_seconds"]) > 0
+        assert row["made_up"] == (edits == 60)
+        assert (row["reliability"] is None) == (edits == 60)
+    each = rows["incomes", 4]["state_bytes"] // 4
+    assert [rows["incomes", n]["state_bytes"] for n in (4, 40, 60)] == [4 * each, 40 * each, 60 * each]
+    text = (tmp_path / "speed.md").read_text()
+    assert text.count("\n| icl |") == 3
+    assert "| incomes | 60* |" in text
+    assert "icl, 40 edits: icl: 40 edits are" in text
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+    assert "60*" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--baselines=memit"], "unknown baseline 'memit'; there are: icl, unedited"),
+        (["--edits=0"], "must be at least 1"),
+        (["--new_tokens=1"], "--new_tokens 1 2"),
+    ],
+)
+def test_speed_says_what_is_wrong(exported: Path, more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(speed, [f"--editor={exported}", DATA, *more])
+
+
+ROWS = [
+    Measured("incomes", 100, False, 0.5, 0.02, 0.01, 2**20, 3 * 2**20, 0.9, 0.8),
+    Measured("icl", 100, False, 2.0, 0.04, 0.02, 2**25, 2**26, 0.5, 0.25),
+    Measured("unedited", 100, False, 0.001, 0.02, 0.005, 0, 0, 0.1, 0.1),
+    Measured("incomes", 10000, True, 60.0, 0.03, 0.015, 100 * 2**20, 2**30),
+    Measured("icl", 10000, True, error="icl: no room"),
+]
+
+
+def test_speed_table() -> None:
+    lines = markdown(ROWS).splitlines()
+    assert lines[2] == "| incomes | 100 | 0.500 | 5.00 | 20.0 | 10.0 | 1.0 | 3 | 90.0 | 80.0 |"
+    assert lines[5] == "| incomes | 10,000* | 60.000 | 6.00 | 30.0 | 15.0 | 100.0 | 1,024 | - | - |"
+    assert lines[6] == "| icl | 10,000* | - | - | - | - | - | - | - | - |"
+    assert lines[-1] == "icl, 10000 edits: icl: no room"
+
+
+def test_speed_figure() -> None:
+    encoding, token, kept, accuracy = speed_figure(ROWS).axes
+    values = {line.get_label(): list(line.get_ydata()) for line in encoding.lines}
+    assert values["incomes"] == [0.5, 60.0]
+    assert values["icl"] == [2.0]
+    stopped = next(line for line in encoding.lines if line.get_label() == "icl: no room left")
+    assert list(stopped.get_xdata()) == [10000, 10000]
+    assert stopped.get_color() != GOLDEN
+    assert list(token.lines[0].get_ydata()) == [10.0, 15.0]
+    assert encoding.get_yscale() == kept.get_yscale() == "log"
+    assert list(kept.lines[-1].get_ydata()) == []  # nothing kept has no place on a logarithmic axis
+    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[0.9], [0.8]]

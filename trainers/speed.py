@@ -1,0 +1,257 @@
+"""Speed of InComeS against in-context learning: `python -m trainers.speed --editor DIR --data ... --edits 100,1000`.
+
+The paper's tables 4 and 5 and figure 3: seconds to encode edits and to decode under them, memory, and accuracy.
+"""
+
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.records import EditRecord, EditRequest
+from datamodules.sources import Source
+from datamodules.tokens import encode
+from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.editor import Edited, Editor
+from modules.evaluation import now
+from modules.export import load_editor, versions
+from modules.gist.analysis_speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
+from modules.training_free.icl import InContext, Unedited
+from trainers.analyse import distinct, refuse_others
+from trainers.benchmark.cell import held
+from trainers.callbacks.gist_drawing import speed_figure
+from trainers.command import run
+from trainers.evaluation_run import bar
+from trainers.report import command_line, write_json, write_text
+from trainers.workers import device_named
+
+BASELINES: dict[str, type[Editor]] = {e.name: e for e in (InContext, Unedited)}
+ENOUGH = 20.0  # seconds of encoding after which it is not repeated
+
+
+def speed(
+    editor: str,
+    data: list[Source],
+    baselines: list[str] | None = None,
+    backbone: BackboneConfig | None = None,
+    edits: list[int] | None = None,
+    queries: int = 20,
+    new_tokens: int = 16,
+    repeats: int = 3,
+    batch_size: int = 4,
+    out: str = "speed",
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Measure encoding, decoding, memory and accuracy of an exported InComeS and of baselines, over numbers of edits.
+
+    Args:
+        editor: a folder written by trainers.export, of InComeS.
+        data: where the records come from. More edits than there are records are made up of theirs.
+        baselines: icl, unedited; by default icl.
+        backbone: what the baselines run on; by default the exported editor's model.
+        edits: how many edits stand at once; by default 100, 200, 500, 1000. Where there are
+            fewer records than that, time and memory alone.
+        queries: so many are decoded, and of so many records accuracy is measured.
+        new_tokens: tokens of an answer.
+        repeats: of encoding, the median counts; an encoding that takes long is not repeated.
+        batch_size: queries scored in one forward pass; each holds its own copy of a context's keys and values.
+        out: the folder of speed.json, speed.md and speed.png.
+        seed: draws the records.
+        device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+    """
+    names = ["icl"] if baselines is None else baselines
+    wrong = sorted(set(names) - set(BASELINES))
+    if wrong:
+        raise ValueError(f"--baselines: unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
+    sizes = sorted(set(edits or (100, 200, 500, 1000)))
+    if min(*sizes, queries, repeats) < 1 or new_tokens < 2:
+        raise ValueError(
+            f"--edits {sizes}, --queries {queries}, --repeats {repeats} must be at least 1, --new_tokens {new_tokens} 2"
+        )
+    refuse_others(editor)
+    place = device_named(device)
+    records = distinct(data, sizes[-1], seed)
+    requests = made_up([r.request for r in records], sizes[-1], seed)
+    trained = load_editor(editor)
+    trained.to(place)
+    model = load_backbone(backbone) if backbone else trained.reader
+    model.model.to(place)  # type: ignore[arg-type]
+    measured: list[tuple[Editor, Backbone]] = [(trained, trained.reader)]
+    measured += [(BASELINES[name](), model) for name in names]
+    rows: list[Measured] = []
+    folder, console = Path(out), Console()
+    about = {
+        "command": command_line(),
+        "editor": str(editor),
+        "data": "; ".join(s.name for s in data),
+        "records": len(records),
+        "edit_tokens": _tokens(model, requests),
+        "seed": seed,
+        "queries": queries,
+        "new_tokens": new_tokens,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.model.dtype),
+        "versions": versions(),
+    }
+    with bar(console, enabled=True) as shown:
+        task = shown.add_task("", total=len(sizes) * len(measured))
+        for one, on in measured:
+            measure(one, on, requests[:2], records[:1], True, 2, 1)  # what only the first pass pays
+        for size in sizes:
+            for one, on in measured:
+                shown.update(task, description=f"{one.name}, {size} edits")
+                asked = records[:size][:queries]
+                own = size <= len(records)
+                rows.append(measure(one, on, requests[:size], asked, not own, new_tokens, repeats, batch_size))
+                write_json(folder / "speed.json", {"meta": about, "rows": [asdict(r) for r in rows]})
+                shown.advance(task)
+    write_text(folder / "speed.md", markdown(rows))
+    speed_figure(rows).savefig(folder / "speed.png")
+    _print(rows, console)
+    console.print(f"written to {folder}: speed.json, speed.md, speed.png", highlight=False)
+
+
+def measure(
+    editor: Editor,
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    records: Sequence[EditRecord],
+    is_made_up: bool = False,
+    new_tokens: int = 16,
+    repeats: int = 3,
+    batch_size: int = 4,
+) -> Measured:
+    """One editor under these edits. What does not fit the context window, or the GPU, is a row that says so.
+
+    Args:
+        records: whose edits' prompts are decoded, and whose prompts and rephrases are scored.
+    """
+    prompts = [r.request.prompt or r.request.statement for r in records]
+    try:
+        with held(backbone, every=0.01) as memory, ExitStack() as stack:
+            edited, seconds = _encode(stack, editor, backbone, requests)
+            kept = state_bytes(edited)
+            decoded = decoding(edited, prompts, new_tokens)
+        spent = [seconds]
+        while len(spent) < repeats and sum(spent) < ENOUGH:
+            with ExitStack() as stack:
+                spent.append(_encode(stack, editor, backbone, requests)[1])
+        scores = {} if is_made_up else _accuracies(editor, backbone, requests, records, batch_size)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        return Measured(editor.name, len(requests), is_made_up, error=str(error).split("\n")[0])
+    return Measured(
+        editor.name,
+        len(requests),
+        is_made_up,
+        encode_seconds=median(spent),
+        prompt_seconds=decoded.prompt,
+        token_seconds=decoded.token,
+        state_bytes=kept,
+        peak_bytes=memory.peak - memory.before,
+        reliability=scores.get("reliability"),
+        generality=scores.get("generality"),
+    )
+
+
+def _encode(
+    stack: ExitStack, editor: Editor, backbone: Backbone, requests: Sequence[EditRequest]
+) -> tuple[Edited, float]:
+    """Edit for as long as the stack lasts; seconds from the edits' text to a model that is ready for a query."""
+    start = now(backbone)
+    edited = stack.enter_context(editor.edit(backbone, requests))
+    prefill(edited)
+    return edited, now(backbone) - start
+
+
+def _accuracies(
+    editor: Editor,
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    records: Sequence[EditRecord],
+    batch_size: int,
+) -> dict[str, float]:
+    own = [(r.request.prompt, r.request.target) for r in records if r.request.prompt and r.request.target]
+    rephrased = [(r.rephrases[0].prompt, r.rephrases[0].target) for r in records if r.rephrases]
+    with editor.edit(backbone, requests) as edited:
+        return {
+            name: accuracy(edited, *zip(*pairs, strict=True), batch_size=batch_size)
+            for name, pairs in (("reliability", own), ("generality", rephrased))
+            if pairs
+        }
+
+
+HEADS = (
+    "Editor",
+    "Edits",
+    "Encoding, s",
+    "an edit, ms",
+    "Prompt, ms",
+    "a token, ms",
+    "State, MiB",
+    "Peak, MiB",
+    "Rel.",
+    "Gen.",
+)
+LEGEND = (
+    "Encoding: from text to a model that is ready for queries; prompt: to read a query and give its first token; a "
+    "token: each one after it, a query at a time. State: what is kept of the edits; peak: memory above what was held "
+    "before. Percent of tokens, teacher-forced. * edits made up of the records', for time and memory alone."
+)
+
+
+def markdown(rows: Sequence[Measured]) -> str:
+    """The table in Markdown, and below it what could not be measured and why."""
+    lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 1)), *map(_cells, rows)]
+    notes = [f"{r.editor}, {r.edits} edits: {r.error}" for r in rows if r.error]
+    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), LEGEND, *notes]) + "\n"
+
+
+def _cells(row: Measured) -> tuple[str, ...]:
+    edits = f"{row.edits:,}{'*' if row.made_up else ''}"
+    each = row.encode_seconds and row.encode_seconds / row.edits
+    numbers = (
+        (row.encode_seconds, 1, 3),
+        (each, 1e3, 2),
+        (row.prompt_seconds, 1e3, 1),
+        (row.token_seconds, 1e3, 1),
+        (row.state_bytes, 2**-20, 1),
+        (row.peak_bytes, 2**-20, 0),
+        (row.reliability, 100, 1),
+        (row.generality, 100, 1),
+    )
+    return (
+        row.editor,
+        edits,
+        *("-" if value is None else f"{value * unit:,.{digits}f}" for value, unit, digits in numbers),
+    )
+
+
+def _print(rows: Sequence[Measured], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, head in enumerate(HEADS):
+        table.add_column(head.replace(", ", "\n"), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    console.print(LEGEND, style="dim", highlight=False)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.editor}, {row.edits} edits: {row.error}", style="red", highlight=False)
+
+
+def _tokens(backbone: Backbone, requests: Sequence[EditRequest]) -> float:
+    """Of an edit, on average."""
+    return sum(len(encode(backbone.tokenizer, "", r.statement).ids) for r in requests) / len(requests)
+
+
+if __name__ == "__main__":
+    run(speed)
