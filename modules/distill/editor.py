@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from datamodules.records import EditRequest
@@ -73,6 +74,10 @@ class DistilledEditor(TrainedEditor):
     @property
     def reader(self) -> Backbone:
         return self.backbone
+
+    def to(self, device: torch.device) -> None:
+        self.backbone.model.to(device)  # type: ignore[arg-type]
+        self.terms = moved(self.terms, device)
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Refuse requests that were not distilled.
