@@ -15,7 +15,7 @@ from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited, Editor
 from modules.metrics import PROTOCOLS
 from modules.training_free.icl import InContext, RightEdit, Unedited
-from trainers import evaluation_run
+from trainers import protocols
 from trainers.evaluation_run import run_evaluation
 from trainers.report import Report, failures, markdown_table, print_table, write_json
 
@@ -143,14 +143,14 @@ def test_failing_editor_is_marked_and_the_run_goes_on(backbone: Backbone, tmp_pa
 
 
 def test_a_stopped_run_keeps_what_it_has(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real = tmp_path / "results.json", evaluation_run.evaluate
+    out, real = tmp_path / "results.json", protocols.evaluate
 
     def stopped(editor: Editor, *args: object, **kwargs: object) -> object:
         if editor.name == "icl":
             raise KeyboardInterrupt
         return real(editor, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation_run, "evaluate", stopped)
+    monkeypatch.setattr(protocols, "evaluate", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(backbone, out, [Unedited(), InContext()])
     assert set(json.loads(out.read_text())["aggregate"]["unedited"]) == {"4"}
