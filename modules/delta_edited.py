@@ -5,10 +5,8 @@ taken out again.
 """
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +20,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.interventions import Deltas, LowRank, low_rank, merge
+from modules.saved_edits import kept_without, read_edits, write_edits
 
 MEMORY = "memory."  # before the names of remembered tensors in a file
 
@@ -106,11 +105,7 @@ class DeltaEdited(Edited):
         Raises:
             ValueError: for an edit that was not made.
         """
-        gone = {r.statement for r in requests}
-        missing = gone - {r.statement for r in self.requests}
-        if missing:
-            raise ValueError(f"not among the edits, so it cannot be removed: {sorted(missing)[0]!r}")
-        rows = [i for i, r in enumerate(self.requests) if r.statement not in gone]
+        rows = kept_without(self.requests, requests)
         kept = torch.tensor(rows, dtype=torch.long, device=self.backbone.device)
         deltas = {name: d.keep(kept) for name, d in self.deltas.items()}
         memory = {name: m[kept.to(m.device)] for name, m in self.memory.items()}
@@ -132,8 +127,7 @@ class DeltaEdited(Edited):
         flat = {f"{name}.{part}": getattr(d, part) for name, d in self.deltas.items() for part in d._fields}
         flat |= {MEMORY + name: m for name, m in self.memory.items()}
         save_file({name: t.cpu().contiguous() for name, t in flat.items()}, folder / "deltas.safetensors")
-        lines = [asdict(r) for r in self.requests]
-        (folder / "edits.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_edits(folder, self.requests)
 
     def restored(self, folder: Path) -> Self:
         """The same method and backbone with the edits that `save` wrote to a folder.
@@ -141,10 +135,7 @@ class DeltaEdited(Edited):
         Raises:
             ValueError: where the folder holds none, or those of another model.
         """
-        for name in ("deltas.safetensors", "edits.json"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no {name}; give a folder that an edited model was saved to")
-        requests = [EditRequest(**r) for r in json.loads((folder / "edits.json").read_text(encoding="utf-8"))]
+        requests = read_edits(folder, "deltas.safetensors")
         try:
             flat = load_file(folder / "deltas.safetensors", device=str(self.backbone.device))
         except SafetensorError as error:

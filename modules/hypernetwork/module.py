@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from modules.backbone import Backbone, BackboneConfig, Parts, load_backbone, load_tokenizer
+from modules.checkpoint_names import misfit
 from modules.editor import Edited
 from modules.evaluation import Answers, RecordPool, evaluate_pool
 from modules.gradients import answer_loss, gradient_factors
@@ -399,11 +400,6 @@ class GradientEditor(L.LightningModule):
         self.configure_model()
         if "state_dict" not in checkpoint:
             return  # of a strategy that loads, and checks, by itself
-        missing = sorted(self.trained_names() - set(checkpoint["state_dict"]))
-        extra = sorted(set(checkpoint["state_dict"]) - self.trained_names())
-        if missing or extra:
-            raise ValueError(
-                f"the checkpoint does not fit this configuration: {len(missing)} trained tensors are missing "
-                f"({', '.join(missing[:3])}), {len(extra)} are unknown ({', '.join(extra[:3])}). Use the config.yaml "
-                f"that lies beside the checkpoint."
-            )
+        names = self.trained_names()
+        if set(checkpoint["state_dict"]) != names:
+            raise ValueError(misfit(names, checkpoint["state_dict"]))

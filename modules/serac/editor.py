@@ -6,10 +6,8 @@ model. Out of scope that is the base model, in batches of its own, so that its a
 N edits, d width.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -23,6 +21,7 @@ from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore, TrainedEditor
 from modules.fingerprint import weights_hash
+from modules.saved_edits import kept_without, read_edits, write_edits
 from modules.serac.mixture import Mixture
 from modules.serac.model import SeracModel, same_tokens
 
@@ -146,11 +145,7 @@ class SeracEdited(Edited):
         Raises:
             ValueError: for an edit that was not made.
         """
-        gone = {r.statement for r in requests}
-        missing = gone - {r.statement for r in self.requests}
-        if missing:
-            raise ValueError(f"not among the edits, so it cannot be removed: {sorted(missing)[0]!r}")
-        kept = [i for i, r in enumerate(self.requests) if r.statement not in gone]
+        kept = kept_without(self.requests, requests)
         return self._with([self.requests[i] for i in kept], self.vectors[kept])
 
     def _with(self, requests: Sequence[EditRequest], vectors: Tensor) -> Self:
@@ -161,8 +156,7 @@ class SeracEdited(Edited):
         folder.mkdir(parents=True, exist_ok=True)
         made_by = {CLASSIFIER: weights_hash(self.model.scope)}
         save_file({"vectors": self.vectors.cpu().contiguous()}, folder / "memory.safetensors", metadata=made_by)
-        lines = [asdict(r) for r in self.requests]
-        (folder / "edits.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_edits(folder, self.requests)
 
     def restored(self, folder: Path) -> Self:
         """The same models with the edits that `save` wrote to a folder.
@@ -170,10 +164,7 @@ class SeracEdited(Edited):
         Raises:
             ValueError: where the folder holds none, or those of another classifier.
         """
-        for name in ("memory.safetensors", "edits.json"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no {name}; give a folder that an edited model was saved to")
-        requests = [EditRequest(**r) for r in json.loads((folder / "edits.json").read_text(encoding="utf-8"))]
+        requests = read_edits(folder, "memory.safetensors")
         file = folder / "memory.safetensors"
         try:
             vectors = load_file(file, device=str(self.model.scope.encoder.device))["vectors"]

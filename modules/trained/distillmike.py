@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone, BackboneConfig, adapters_off, load_backbone, load_tokenizer
+from modules.checkpoint_names import misfit
 from modules.distill.editor import DistilledEditor, unknown_among
 from modules.distill.loss import kept_kl
 from modules.distill.queries import DistillBatch, DistillCollator, DistillQueries, Question, questions_of
@@ -369,11 +370,7 @@ class DistillMIKE(L.LightningModule):
         names = self.trained_names()
         saved = set(checkpoint.get("state_dict", names))  # a strategy that loads by itself also checks
         if saved != names or KEPT not in checkpoint:
-            raise ValueError(
-                f"the checkpoint does not fit this configuration: {len(names - saved)} trained tensors are missing "
-                f"({', '.join(sorted(names - saved)[:3])}), {len(saved - names)} are unknown "
-                f"({', '.join(sorted(saved - names)[:3])}). Use the config.yaml that lies beside the checkpoint."
-            )
+            raise ValueError(misfit(names, saved))
         requests = tuple(EditRequest(**r) for r in checkpoint[KEPT]["requests"])
         if self.requests and set(requests) != set(self.requests):
             both = len(set(requests) & set(self.requests))
