@@ -7,7 +7,6 @@ n tokens, d hidden width, k kept tokens.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,17 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.backbone import Backbone
 from modules.distill.loss import Full, Taught, Top, top_of
 from modules.distill.queries import Question
 from modules.distill.teacher import Asked, last_states
+from modules.kept_tensors import CACHE_FOLDER, folder, write
 from modules.losses import CHUNK, head_of
 
 VERSION = 1  # of what is kept: a change makes old files unknown
-CACHE_FOLDER = "PALIMPSEST_CACHE"
 BLOCK = 16  # records of one file
 
 
@@ -56,8 +54,7 @@ class Teaching:
         """The folder of the files."""
         if self.folder:
             return Path(self.folder).expanduser()
-        home = os.environ.get(CACHE_FOLDER)
-        return (Path(home).expanduser() if home else Path.home() / ".cache" / "palimpsest") / "distill"
+        return folder() / "distill"
 
 
 def file_of(options: Teaching, backbone: Backbone, weights: str, asked: Sequence[Asked]) -> Path:
@@ -84,10 +81,7 @@ def teach(
     kept = _kept(backbone, torch.cat(states), options.top_k)
     kept["sizes"] = torch.tensor(sizes)
     kept["in_scope"] = torch.tensor([a.context is not None for a in asked])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")  # processes that share a folder never see half a file
-    save_file(kept, part, {"questions": json.dumps([a.question for a in asked], ensure_ascii=False)})
-    os.replace(part, file)
+    write(file, kept, {"questions": json.dumps([a.question for a in asked], ensure_ascii=False)})
 
 
 @torch.no_grad()

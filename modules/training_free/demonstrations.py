@@ -7,28 +7,24 @@ M training edits, n edits, d width of the encoder.
 """
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datamodules.records import EditRecord, EditRequest, join
 from datamodules.schedule import stable_hash
 from datamodules.sources import Source, load
+from modules.kept_tensors import folder, read, write
 from modules.memory import EditMemory, Encoder
 from modules.memory.subjects import subject_of
 from modules.memory.words import Words
 
 Kind = Literal["copy", "update", "retain"]
-CACHE_FOLDER = "PALIMPSEST_CACHE"
 VERSION = 1  # of what is encoded: a change makes old files unknown
 CHUNK = 1024  # records, or texts, at a time
 SPARE = 64  # training edits beyond those wanted, for the ones that cannot be shown
@@ -135,9 +131,7 @@ def encoded(encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
         ValueError: for a file that cannot be read.
     """
     digest = sha256(json.dumps([VERSION, encoder.name, list(texts)]).encode()).hexdigest()[:20]
-    given = os.environ.get(CACHE_FOLDER)
-    folder = Path(given).expanduser() if given else Path.home() / ".cache" / "palimpsest"
-    file = folder / f"{what}-{digest}.safetensors"
+    file = folder() / f"{what}-{digest}.safetensors"
     if not file.is_file():
         from tqdm.auto import tqdm
 
@@ -146,14 +140,8 @@ def encoded(encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
             for at in range(0, len(texts), CHUNK):
                 parts.append(encoder(texts[at : at + CHUNK]))
                 bar.update(len(parts[-1]))
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")  # processes that share a folder never see half a file
-        save_file({"vectors": torch.cat(parts)}, part, {"encoder": encoder.name, "texts": str(len(texts))})
-        os.replace(part, file)
-    try:
-        return load_file(file)["vectors"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; remove it, and it is made again") from error
+        write(file, {"vectors": torch.cat(parts)}, {"encoder": encoder.name, "texts": str(len(texts))})
+    return read(file, ["vectors"])[0]["vectors"]
 
 
 def _prompts(record: EditRecord, kind: Kind) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ W windows of text, T tokens, f = d_in of a layer.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from datamodules.texts import identity, read_texts
@@ -24,11 +21,12 @@ from datamodules.tokens import pad, pad_id, windows
 from modules.backbone import Backbone
 from modules.fingerprint import weights_hash
 from modules.interventions import linear, shape
+from modules.kept_tensors import folder as kept_folder
+from modules.kept_tensors import read, write
 from modules.training_free.subject import Enough
 from modules.training_free.templates import sample, start_ids
 
 VERSION = 1  # of what is counted: a change makes old files unknown
-CACHE_FOLDER = "PALIMPSEST_CACHE"
 Progress = Callable[[int, int], None]  # tokens done, and in all
 
 
@@ -67,8 +65,7 @@ class Moments:
 
     def where(self) -> Path:
         """The folder of the files."""
-        given = self.folder or os.environ.get(CACHE_FOLDER)
-        return Path(given).expanduser() if given else Path.home() / ".cache" / "palimpsest"
+        return kept_folder(self.folder)
 
     def file(self, backbone: Backbone, layer: str, kind: str = "moments") -> Path:
         """Where the second moments of a linear layer's inputs, or what is made of them, are kept."""
@@ -114,8 +111,8 @@ def second_moments(
     found = count(backbone, missing, moments, progress) if missing else {}
     for name, (matrix, tokens, ids) in found.items():
         about = {"layer": name, "text": moments.text, "tokens": str(tokens), "sample": ids}
-        _write(files[name], {"moments": matrix}, about)
-    return {name: _read(file)["moments"].to(backbone.device) for name, file in files.items()}
+        write(files[name], {"moments": matrix}, about)
+    return {name: read(file, ["moments"])[0]["moments"].to(backbone.device) for name, file in files.items()}
 
 
 @torch.no_grad()
@@ -179,8 +176,8 @@ def null_space(
         values, vectors = torch.linalg.eigh(matrix)
         limit = threshold * float(values.mean()) if relative else threshold
         used = vectors[:, values >= limit]
-        _write(file, {"basis": used.float()}, {"layer": layer, "retained_rank": str(len(matrix) - used.shape[1])})
-    basis = _read(file)["basis"].to(backbone.device)
+        write(file, {"basis": used.float()}, {"layer": layer, "retained_rank": str(len(matrix) - used.shape[1])})
+    basis = read(file, ["basis"])[0]["basis"].to(backbone.device)
     rank = basis.shape[0] - basis.shape[1]
     if rank == 0:
         raise ValueError(
@@ -230,18 +227,3 @@ class _summing:
                 raise Enough
 
         return add
-
-
-def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")  # processes that share a folder never see half a file
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, metadata=about)
-    os.replace(part, file)
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}; remove it, and it is made again") from error

@@ -52,9 +52,12 @@ class ValueOptions:
         stop: an edit whose loss is below is done.
         eac: keep the coordinates that matter most; `steps` is then unused.
         chunk: rows (contexts of all edits) of one pass.
+        group: edits of one search. Keys, values and states of all their contexts are held while it lasts.
+        keep: values of a model without edits are kept on disk, and taken from there (see `kept_values`). A run's
+            seconds are then not the method's.
 
     Raises:
-        ValueError: for steps or chunk below 1, a rate or clamp that is not positive, negative weights.
+        ValueError: for steps, chunk or group below 1, a rate or clamp that is not positive, negative weights.
     """
 
     steps: int = 20
@@ -66,9 +69,11 @@ class ValueOptions:
     stop: float = 0.05
     eac: EAC | None = None
     chunk: int = 256
+    group: int = 128
+    keep: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.chunk < 1 or min(self.lr, self.clamp) <= 0:
-            raise ValueError(f"values: steps and chunk must be at least 1, lr and clamp positive, got {self}")
+        if min(self.steps, self.chunk, self.group) < 1 or min(self.lr, self.clamp) <= 0:
+            raise ValueError(f"values: steps, chunk and group must be at least 1, lr and clamp positive, got {self}")
         if min(self.weight_decay, self.kl_factor) < 0:
             raise ValueError(f"values: weight_decay and kl_factor must not be negative, got {self}")

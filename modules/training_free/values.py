@@ -17,26 +17,18 @@ E edits, p places, d hidden width.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
+from modules.training_free.kept_values import KeptValues, Values, joined, key_of
 from modules.training_free.prepared import Prepared, Prompt, prepare
 from modules.training_free.subject import Row, evaluating, row, subject_states
 from modules.training_free.value_options import EAC, Place, ValueOptions
-
-
-class Values(NamedTuple):
-    """Found changes delta [E, p, d] and the unedited outputs v0 [E, p, d] they are added to; last losses and updates
-    made [E]."""
-
-    delta: Tensor
-    initial: Tensor
-    loss: Tensor
-    updates: Tensor
 
 
 @dataclass
@@ -104,19 +96,45 @@ def find_values(
     layer: int,
     place: Place,
     options: ValueOptions,
+    unedited: bool = False,
 ) -> Values:
-    """Optimise the value vectors of edits, of the model as it is edited now.
+    """Optimise the value vectors of edits, of the model as it is edited now, `options.group` of them at a time.
 
     Args:
         prefixes: text before the prompt; the first is "".
         layer: the decoder layer.
         place: what the change is added to, and what v0 is: the output of the layer's MLP (ROME), of the layer (MEMIT),
             or of its attention and of its MLP (PMET), which makes p = 2.
+        unedited: no edit is there yet, so that values may be kept on disk (`options.keep`).
 
     Raises:
-        ValueError: where a prompt lacks its subject or does not fit the context window.
+        ValueError: where a prompt lacks its subject or does not fit the context window, for a file of kept values that
+            cannot be read, and for weights that are not whole on this process where values are kept (ZeRO-3).
         FloatingPointError: where a loss is no number; it names the edit.
     """
+    with torch.inference_mode(False):
+        kept = KeptValues.of(backbone, prefixes, layer, place, options) if unedited and options.keep else None
+        found = kept.read(backbone.device) if kept else {}
+        left = list({key: r for r in requests if (key := key_of(r)) not in found}.values())
+        with tqdm(total=len(left), desc="values", leave=False, disable=len(left) <= options.group) as bar:
+            for at in range(0, len(left), options.group):
+                group = left[at : at + options.group]
+                values = _search(backbone, group, prefixes, layer, place, options)
+                found |= {key_of(r): values.of(e) for e, r in enumerate(group)}
+                if kept:
+                    kept.write(group, values)
+                bar.update(len(group))
+        return joined([found[key_of(r)] for r in requests])
+
+
+def _search(
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    layer: int,
+    place: Place,
+    options: ValueOptions,
+) -> Values:
     prompts = [
         Prompt(row(backbone, r.prompt, str(r.subject), r.target, prefix), e, 1 / len(prefixes))
         for e, r in enumerate(requests)
@@ -128,7 +146,7 @@ def find_values(
             for e, r in enumerate(requests)
         ]
     bare = [row(backbone, r.prompt, str(r.subject)) for r in requests]
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(backbone):
+    with torch.enable_grad(), evaluating(backbone):
         initial = initial_outputs(backbone, bare, layer, place)  # [E, p, d]
         inside = place == "attention and mlp" or layer + 1 == len(backbone.layers)
         start = layer if inside else layer + 1
