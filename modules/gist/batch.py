@@ -116,7 +116,7 @@ class GistCollator:
         by_kind = _of_one_edit(record)
         if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
             return False  # a bare statement, of which nothing is asked
-        queries = [(q.prompt, q.target) for qs in by_kind.values() for q in qs]
+        queries = [(q.prompt, q.target) for qs in by_kind.values() for q, _ in qs]
         total = longest + max(len(encode(self.tokenizer, p, t).ids) for p, t in queries) + len(self.newline)
         return longest <= self.config.max_edit_tokens and total <= self.config.max_query_tokens
 
@@ -127,28 +127,34 @@ class GistCollator:
         rows: list[_Row] = []
         subjects = subjects_of_pools(slots)
         for slot in slots:
-            request = slot.record.request
-            ids = encode(self.tokenizer, "", request.statement, bos=True).ids
-            at = place.setdefault((slot.pool, ids), len(edit_ids))
-            if at == len(edit_ids):
-                edit_ids.append(ids)
-                edit_pool.append(slot.pool)
+            own: list[int] = []  # where the record's edits are
+            for request in slot.record.requests:
+                ids = encode(self.tokenizer, "", request.statement, bos=True).ids
+                own.append(place.setdefault((slot.pool, ids), len(edit_ids)))
+                if own[-1] == len(edit_ids):
+                    edit_ids.append(ids)
+                    edit_pool.append(slot.pool)
             draw = random.Random(slot.seed)
             for _ in range(self.config.per_record):
-                query, in_scope = self._draw(draw, slot, subjects[slot.pool])
-                rows.append(_Row(query, at, in_scope, slot.pool))
+                query, edit = self._draw(draw, slot, subjects[slot.pool])
+                rows.append(_Row(query, own[edit or 0], edit is not None, slot.pool))
         return self._tensors(edit_ids, edit_pool, rows, [s.record.id for s in slots])
 
-    def _draw(self, draw: random.Random, slot: Slot, subjects: set[str]) -> tuple[Query, bool]:
-        """One query of a record; a locality query that speaks of another edit's subject is no longer out of scope."""
+    def _draw(self, draw: random.Random, slot: Slot, subjects: set[str]) -> tuple[Query, int | None]:
+        """One query of a record, and which of its edits it asks about (None: it is out of scope).
+
+        A locality query that speaks of another edit's subject is no longer out of scope.
+        """
         options = _of_one_edit(slot.record)
-        own = slot.record.request.subject
-        options["locality"] = [q for q in options["locality"] if not any(s in q.prompt for s in subjects if s != own)]
+        mine = {r.subject for r in slot.record.requests}
+        options["locality"] = [
+            q for q in options["locality"] if not any(s in q[0].prompt for s in subjects if s not in mine)
+        ]
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
-        # a record that has none of the wanted kinds is asked what it has, the edit itself before all
+        # a record that has none of the wanted kinds is asked what it has, the edits themselves before all
         other: Kind = next(k for k in options if options[k])
         kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else other
-        return draw.choice(options[kind]), kind != "locality"
+        return draw.choice(options[kind])
 
     def _tensors(
         self, edit_ids: list[tuple[int, ...]], edit_pool: list[int], rows: list[_Row], records: list[str]
@@ -191,10 +197,19 @@ class GistCollator:
         )
 
 
-def _of_one_edit(record: EditRecord) -> dict[Kind, list[Query]]:
-    """The queries that have one edit to find, the record's first."""
-    by_kind = queries_by_kind(replace(record, requests=record.requests[:1]))
-    return {kind: queries for kind, queries in by_kind.items() if kind != "multi_hop"}
+def _of_one_edit(record: EditRecord) -> dict[Kind, list[tuple[Query, int | None]]]:
+    """The queries that one edit decides, with its number among the record's; None out of scope.
+
+    Each edit is asked by its own prompt. The rest but multi-hop questions is the first edit's: published sets whose
+    records have several edits (MQuAKE) ask nothing else.
+    """
+    found: dict[Kind, list[tuple[Query, int | None]]] = {
+        kind: [(query, None if kind == "locality" else 0) for query in queries]
+        for kind, queries in queries_by_kind(record).items()
+        if kind != "multi_hop"
+    }
+    found["request"] = [(Query(r.prompt, (r.target,)), i) for i, r in enumerate(record.requests) if r.target]
+    return found
 
 
 def queries_by_kind(record: EditRecord) -> dict[Kind, list[Query]]:

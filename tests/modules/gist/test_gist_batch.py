@@ -54,6 +54,20 @@ def test_equal_edits_stand_once_in_a_pool(tokenizer: PreTrainedTokenizerBase, re
     assert batch.visible[3].tolist() == [False, False, True]
 
 
+def test_each_edit_of_a_record_stands_in_the_pool_and_is_asked(
+    tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]
+) -> None:
+    case = replace(records[0], requests=(records[0].request, records[1].request, EditRequest(text="Cee is far.")))
+    batch = GistCollator(tokenizer, replace(ONLY["request"], per_record=24))(slots([case, records[2]]))
+    edits = texts(tokenizer, batch.edits, batch.edits_mask)
+    assert edits == [r.statement for r in (*case.requests, records[2].request)]
+    asked = texts(tokenizer, batch.queries, batch.queries_mask)
+    for text, golden in zip(asked, batch.golden.tolist(), strict=True):
+        assert edits[golden].startswith(text)  # each reads the edit whose prompt it is
+    assert set(batch.golden.tolist()[:24]) == {0, 1}  # free text has no prompt of its own
+    assert batch.visible.all()
+
+
 def test_locality_queries_have_no_golden_edit(tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]) -> None:
     batch = GistCollator(tokenizer, ONLY["locality"])(slots(records))
     assert batch.golden.tolist() == [-1] * 4
