@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.records import EditRecord
 from datamodules.schedule import PoolSchedule, Slot, check_pools, stable_hash
-from datamodules.sources import RecordDataset, Source, keep, load
+from datamodules.sources import RecordDataset, Source, check_sources, keep, load
 
 
 class Collator(Protocol):
@@ -125,7 +125,11 @@ class EditDataModule(L.LightningDataModule):
 
         Raises:
             ValueError: naming the setting.
+            FileNotFoundError: for a file of records that is not there.
         """
+        for sources in (self.train, self.val, self.test):
+            if sources or sources is self.train:
+                check_sources(sources or [])
         if ranks > 1 and self.val_records < ranks * self.val_pool:
             raise ValueError(
                 f"val_records {self.val_records} are too few for {ranks} ranks with pools of val_pool {self.val_pool}: "

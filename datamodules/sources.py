@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import Dataset
 
 from datamodules.readers import FORMATS, read
+from datamodules.readers.base import DataError
 from datamodules.readers.hub import is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash
@@ -142,16 +143,33 @@ def load(sources: Sequence[Source], cache_dir: str | None = None) -> RecordDatas
         cache_dir: the folder of the cache; Hugging Face's own by default.
 
     Raises:
-        ValueError: without a source, if some but not all have a weight, or for a source without records.
-        FileNotFoundError: see `Source.located`. Otherwise what the readers raise.
+        ValueError, FileNotFoundError: see `check_sources`.
+        DataError: for a source without records, and for what the readers cannot read.
+    """
+    check_sources(sources)
+    weights = [s.weight for s in sources if s.weight is not None]
+    try:
+        return RecordDataset([_table(s, cache_dir) for s in sources], weights or None)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Refuse what is wrong before anything is read.
+
+    Raises:
+        ValueError: without a source, or if some but not all have a weight.
+        FileNotFoundError: see `Source.located`.
     """
     if not sources:
         raise ValueError("no source is given; name at least one, such as `- format: facts`")
-    weights = [s.weight for s in sources if s.weight is not None]
-    if weights and len(weights) != len(sources):
+    if 0 < sum(s.weight is not None for s in sources) < len(sources):
         without = ", ".join(s.name for s in sources if s.weight is None)
         raise ValueError(f"give every source a weight, or none; without a weight: {without}")
-    return RecordDataset([_table(s, cache_dir) for s in sources], weights or None)
+    for source in sources:
+        source.located()
 
 
 def keep(dataset: RecordDataset, fits: Callable[[EditRecord], bool], what: str, workers: int = 0) -> RecordDataset:
@@ -162,12 +180,12 @@ def keep(dataset: RecordDataset, fits: Callable[[EditRecord], bool], what: str, 
         workers: processes for a large data set.
 
     Raises:
-        ValueError: if no record is left.
+        DataError: if no record is left.
     """
     kept = dataset.where(fits, workers)
     left_out = len(dataset) - len(kept)
     if not len(kept):
-        raise ValueError(f"all {len(dataset):,} records are longer than the limits ({what}); raise the limits")
+        raise DataError(f"all {len(dataset):,} records are longer than the limits ({what}); raise the limits")
     if left_out:
         rank_zero_info(f"left out {left_out:,} of {len(dataset):,} records longer than the limits ({what})")
     return kept

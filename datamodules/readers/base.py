@@ -21,7 +21,11 @@ OnError = Literal["raise", "skip"]
 Convert = Callable[[Mapping[str, Any], int], EditRecord]
 
 
-class MalformedRecord(ValueError):
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file or the source, and the remedy."""
+
+
+class MalformedRecord(DataError):
     """A record that does not have its format's shape; the message names file, record, field and remedy."""
 
 

@@ -224,6 +224,23 @@ def test_a_checkpoint_error_in_training_is_one_line(quick: list[str], tmp_path: 
     assert "Traceback" not in message
 
 
+def test_a_missing_file_of_records_is_named_before_anything_is_built(quick: list[str], tmp_path: Path) -> None:
+    sources = f"[{{format: counterfact, path: {tmp_path / 'nowhere.json'}}}]"
+    message, code = ends(fit.main, [*quick, f"--data.init_args.val={sources}"])
+    assert code.startswith("error: no data file")
+    assert "nowhere.json" in code
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_record_is_one_line(quick: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text('[{"case_id": 0, "prompt": "A city is in"}]', encoding="utf-8")
+    message, code = ends(fit.main, [*quick, f"--data.init_args.train=[{{format: counterfact, path: {file}}}]"])
+    assert code.startswith(f"error: {file}, record")
+    assert "Traceback" not in message
+
+
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_errors_are_said_by_rank_0_alone(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "checkpoints", 1)
