@@ -236,7 +236,8 @@ def test_a_missing_file_of_records_is_named_before_anything_is_built(quick: list
 def test_a_malformed_record_is_one_line(quick: list[str], tmp_path: Path) -> None:
     file = tmp_path / "broken.json"
     file.write_text('[{"case_id": 0, "prompt": "A city is in"}]', encoding="utf-8")
-    message, code = ends(fit.main, [*quick, f"--data.init_args.train=[{{format: counterfact, path: {file}}}]"])
+    sources = f"[{{format: counterfact, path: {file}, options: {{}}}}]"
+    message, code = ends(fit.main, [*quick, f"--data.init_args.train={sources}"])
     assert code.startswith(f"error: {file}, record")
     assert "Traceback" not in message
 
