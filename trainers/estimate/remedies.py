@@ -107,7 +107,7 @@ def _each(found: Estimate) -> Iterator[Remedy]:
 def _changes(found: Estimate) -> Iterator[tuple[str, Plan]]:
     """Changes that are open to a plan, from those that leave the result as it is to those that train something else."""
     plan = found.plan
-    if found.moment == VALIDATION:
+    if found.moment == VALIDATION and plan.family.validates_in_shards:
         free = replace(plan.sharding, gather_for_validation=False)
         yield "--trainer.strategy.init_args.gather_for_validation false", plan.altered(sharding=free)
     if not plan.module.gradient_checkpointing:
