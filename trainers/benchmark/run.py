@@ -107,6 +107,8 @@ def plan(
         dataset.judging.check(records)
         records = meeting_conditions(backbone, records, batch_size)
         about = {"seed": seed, "batch_size": batch_size, "weights": weights, **dataset.judging.told()}
+        if any(record.multi_hop for record in records):
+            about["contradicted"] = "not asked"  # results of before this rule are of other questions
         for run in benchmark.runs:
             for count, edits in spans(run):
                 for chosen in editors:
