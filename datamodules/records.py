@@ -91,6 +91,10 @@ class EditRecord:
         portability: queries whose answers follow from the edit, by kind (one hop, alias, ...).
         multi_hop: questions that need several facts, among them the edited ones; any one of them counts (MQuAKE).
         domain: the relation or topic, where known; for figures and for hard negatives.
+        generation: prompts about the edit's subject that a model goes on from freely; what it writes is judged as a
+            text, not by an answer (CounterFact). Published ones may be repeated, and then weigh more.
+        attribute: queries about other subjects that truly have the new target (CounterFact).
+        target_id: the new target's id, where the source names it; with `domain` it tells reference texts.
     """
 
     id: str
@@ -100,6 +104,9 @@ class EditRecord:
     portability: Mapping[str, tuple[Query, ...]] = field(default_factory=dict)
     multi_hop: tuple[Query, ...] = ()
     domain: str | None = None
+    generation: tuple[str, ...] = ()
+    attribute: tuple[Query, ...] = ()
+    target_id: str | None = None
 
     def __post_init__(self) -> None:
         if not self.requests:
@@ -124,6 +131,9 @@ class EditRecord:
             portability={kind: _queries(qs) for kind, qs in raw["portability"].items()},
             multi_hop=_queries(raw["multi_hop"]),
             domain=raw["domain"],
+            generation=tuple(raw.get("generation", ())),
+            attribute=_queries(raw.get("attribute", [])),
+            target_id=raw.get("target_id"),
         )
 
 
@@ -140,9 +150,12 @@ def _queries(raw: list[dict[str, Any]]) -> tuple[Query, ...]:
     )
 
 
+_RARE = ("fact", "hops", "criteria", "conditions", "generation", "attribute", "target_id")
+
+
 def _given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """Few sources have these fields: records of the others are written without them."""
-    return {name: value for name, value in fields if value or name not in ("fact", "hops", "criteria", "conditions")}
+    return {name: value for name, value in fields if value or name not in _RARE}
 
 
 def join(prompt: str, target: str) -> str:

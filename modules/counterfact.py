@@ -3,15 +3,18 @@
 Sources: Meng et al. 2022 (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229) and their released evaluation; Qiao et al.
 2024 (DistillMIKE), appendix J, equations 18 to 21. All name a target's probability without saying of how many tokens;
 the released code of all takes exp(-mean NLL of its tokens), so targets of different lengths can be compared.
-DistillMIKE's code puts "Prompt: " before every query; here it is asked as it stands, as ROME and MEMIT do.
+DistillMIKE's code puts "Prompt: " before every query; here it is asked as it stands, as ROME and MEMIT do. Fluency (GE)
+and consistency (RS) of what the model writes are ROME's too, and measured on request, since writing takes time.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datamodules.records import EditRecord
-from modules.editor import TargetScore
+from modules.editor import Edited, TargetScore
+from modules.fluency import CONSISTENCY, FLUENCY, FLUENCY_PROTOCOLS, References, written
+from modules.judging import Case
 from modules.published import Pair, Published, PublishedMetrics
 
 _P = (
@@ -39,12 +42,62 @@ class CounterFact(Published):
     A record needs one edit with its old target, rephrases, and locality queries of kind `neighborhood` whose answer is
     the old target. EasyEdit's shape has one rephrase and one neighbour (whose answer is the old target in all of its
     21,310 records) where ROME's has two and ten: the definitions hold for both, the figures are of different prompts.
+
+    Args:
+        fluency: let the model write on each record's generation prompts too, and measure GE (modules/fluency.py).
+        references: texts about things that have the new attribute, for RS; without them there is none.
+        max_tokens: of a prompt and what is written after it together; ROME's 100.
     """
 
     name = "counterfact"
     score = "counterfact/S"
     parts = ("counterfact/ES", "counterfact/PS", "counterfact/NS")
-    definitions = COUNTERFACT_PROTOCOLS
+
+    def __init__(
+        self, batch_size: int = 32, fluency: bool = False, references: References | None = None, max_tokens: int = 100
+    ) -> None:
+        super().__init__(batch_size)
+        self.fluency, self.references, self.max_tokens = fluency, references, max_tokens
+        written_too = FLUENCY_PROTOCOLS if references else {FLUENCY: FLUENCY_PROTOCOLS[FLUENCY]}
+        self.definitions = COUNTERFACT_PROTOCOLS | (written_too if fluency else {})
+
+    def check(self, records: Iterable[EditRecord]) -> None:
+        records = list(records)
+        super().check(records)
+        if self.fluency and self.references and not any(map(self.references.of, records)):
+            raise ValueError(
+                "--references: the file has no text about the new attribute (relation and target id) of any of the "
+                f"{len(records)} records; give ROME's attribute_snippets.json, or leave it out"
+            )
+
+    def ask(self, edited: Edited, cases: Sequence[Case]) -> list[Any]:
+        results = super().ask(edited, cases)
+        if not self.fluency:
+            return results
+        texts = written(
+            edited,
+            [case.record.generation for case in cases],
+            [self.references.of(case.record) for case in cases] if self.references else None,
+            self.references.vectorizer if self.references else None,
+            self.max_tokens,
+            self.batch_size,
+        )
+        for result, of in zip(results, texts, strict=True):  # by the names of ROME's results
+            result["post"] |= {"text": list(of.texts), "ngram_entropy": of.fluency}
+            if of.consistency is not None:
+                result["post"]["reference_score"] = of.consistency
+        return results
+
+    def options(self) -> dict[str, Any]:
+        if not self.fluency:
+            return super().options()
+        known = sum(map(len, self.references.texts.values())) if self.references else 0
+        return super().options() | {"fluency": True, "max_tokens": self.max_tokens, "reference_texts": known}
+
+    def counts(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not (self.fluency and self.references):
+            return {}
+        return {"records_without_references": sum("reference_score" not in r["post"] for r in results)}
 
     def lacks(self, record: EditRecord) -> str:
         if len(record.requests) != 1:
@@ -61,6 +114,8 @@ class CounterFact(Published):
                 f"has the neighbour {other.prompt!r} with the answer {other.target!r}; neighbours share the edit's old "
                 f"target, {request.old_target!r}"
             )
+        if self.fluency and not record.generation:
+            return "has no generation prompts, which --fluency needs; read CounterFact in ROME's shape"
         empty = any(not query.prompt.strip() for query in (*record.rephrases, *near))
         return "asks a query without a prompt" if empty else ""
 
@@ -85,7 +140,8 @@ class CounterFact(Published):
             asked = post[f"{sort}_prompts_probs"]
             found[f"counterfact/{letter}S"] = _mean([x[right] < x[wrong] for x in asked])  # NLLs: the lower is likelier
             found[f"counterfact/{letter}M"] = _mean([math.exp(-x[right]) - math.exp(-x[wrong]) for x in asked])
-        return found
+        of_texts = {FLUENCY: post.get("ngram_entropy"), CONSISTENCY: post.get("reference_score")}
+        return found | {name: value for name, value in of_texts.items() if value is not None}
 
 
 COUNTERFACT = CounterFact()

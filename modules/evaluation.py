@@ -5,18 +5,32 @@ All edits of a pool are in place before the first question is asked, so what is 
 
 import random
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
-
-from datamodules.records import EditRecord, EditRequest, Query
+from datamodules.readers.mquake import HOP, conflicting
+from datamodules.records import EditRecord, Query
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor, TargetScore
+from modules.judging import Case, Evaluation, Judge, evaluate_pools, now, rewrite, split_pools, thinned
+from modules.metrics import PROTOCOLS, record_values, summarise, token_agreement
 from modules.metrics import exact_match as is_exact_match
-from modules.metrics import summarise, token_agreement
+
+__all__ = [
+    "Answers",
+    "Evaluation",
+    "RecordPool",
+    "TokenAccuracy",
+    "evaluate",
+    "evaluate_pool",
+    "fewer_queries",
+    "now",
+    "questions",
+    "scored_answers",
+    "split_pools",
+    "without_collisions",
+]
 
 
 class RecordPool(Protocol):
@@ -63,27 +77,48 @@ class Answers:
             self.texts |= zip(prompts, texts, strict=True)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One editor at one pool size.
+class TokenAccuracy(Judge):
+    """The default protocol, EasyEdit's: teacher-forced token accuracy, and exact match of generated answers.
 
-    Attributes:
-        records: per-record results, see `evaluate_pool`.
-        aggregates: metric -> {value, ci, records}, see `modules.metrics.summarise`.
-        edit_seconds: spent on making the edits, over all pools.
-        answer_seconds: spent on the edited model's answers, over all pools.
-        settings: how it was measured, and how many records and queries were left out. Where it was counted, `queries`
-            is how many different prompts were asked, and `context_tokens` the mean number of tokens that the method
-            put before one.
+    Args:
+        originals: the unedited model's answers, kept over calls.
+        exact_match: generate too.
+        max_new_tokens: length of a generated text; an answer that is longer cannot match.
     """
 
-    editor: str
-    pool_size: int
-    records: list[dict[str, Any]]
-    aggregates: dict[str, dict[str, Any]]
-    edit_seconds: float
-    answer_seconds: float
-    settings: dict[str, Any]
+    name = "default"
+    definitions = PROTOCOLS
+
+    def __init__(
+        self, originals: Answers, exact_match: bool = False, batch_size: int = 32, max_new_tokens: int = 16
+    ) -> None:
+        self.originals = originals
+        self._options: dict[str, Any] = {
+            "exact_match": exact_match,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def cases(self, records: Sequence[EditRecord]) -> list[Case]:
+        return thinned(records, *without_collisions(records))
+
+    def ask_unedited(self, cases: Sequence[Case]) -> None:
+        self.originals.ask([case.record for case in cases], **self._options)
+
+    def ask(self, edited: Edited, cases: Sequence[Case]) -> list[Any]:
+        return _results(edited, self.originals, cases, **self._options)
+
+    def values(self, post: Mapping[str, Any]) -> dict[str, float]:
+        return record_values(post)
+
+    def summary(self, results: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+        return summarise(results, seed)
+
+    def prompts(self, cases: Sequence[Case]) -> list[str]:
+        return list(dict.fromkeys(q.prompt for c in cases for of in questions(c.record).values() for q in of))
+
+    def options(self) -> dict[str, Any]:
+        return self._options
 
 
 def evaluate(
@@ -99,65 +134,13 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
 ) -> Evaluation:
-    """Edit the records a pool at a time, each pool from the unedited backbone, and measure.
-
-    With more records than `pool_size`, those that do not fill a last pool are dropped, and counted, so that every
-    figure is of one pool size. With fewer, all records are one pool, and the result carries its true size.
-
-    An editor with `own_edit_only` is given each record's own edits and no others; its questions are still those that
-    the whole pool leaves, so that the figures can be compared.
+    """`modules.judging.evaluate_pools` by the default protocol.
 
     Args:
-        pool_size: in records (a record of MQuAKE holds several edits).
-        seed: of the bootstrap.
         originals: the unedited model's answers, kept over calls; by default asked anew of `backbone`.
-        progress: called with the number of records done since the last call.
-        look: called with each edited model, and the records that it was edited with; its time does not count.
-
-    Raises:
-        ValueError: without records or with a pool size below 1; and whatever the editor raises.
     """
-    pools, dropped = split_pools(records, pool_size)
-    originals = originals or Answers(Edited(backbone))
-    options: dict[str, Any] = {
-        "exact_match": exact_match,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-    }
-    results: list[dict[str, Any]] = []
-    edit_seconds = answer_seconds = 0.0
-    queries = context_tokens = 0
-    for pool in pools:
-        kept, left_out = without_collisions(pool)
-        originals.ask(kept, **options)
-        cases = list(zip(kept, left_out, strict=True))
-        for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
-            requests: list[EditRequest] = [request for record, _ in group for request in record.requests]
-            prompts = list(dict.fromkeys(q.prompt for r, _ in group for of in questions(r).values() for q in of))
-            start = now(backbone)
-            with editor.edit(backbone, requests) as edited:
-                ready = now(backbone)
-                results += _results(edited, originals, group, **options)
-                edit_seconds += ready - start
-                answer_seconds += now(backbone) - ready
-                queries += len(prompts)
-                context_tokens += sum(edited.context_tokens(prompts))
-                if look:
-                    look(edited, [record for record, _ in group])
-            if progress:
-                progress(len(group))
-    settings = options | {
-        "own_edit_only": editor.own_edit_only,
-        "pools": len(pools),
-        "records": len(results),
-        "records_dropped": dropped,
-        "queries": queries,
-        "queries_left_out": sum(result["left_out"] for result in results),
-        "context_tokens": context_tokens / max(queries, 1),
-        "bootstrap_seed": seed,
-    }
-    aggregates = summarise(results, seed=seed)
-    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+    judge = TokenAccuracy(originals or Answers(Edited(backbone)), exact_match, batch_size, max_new_tokens)
+    return evaluate_pools(judge, editor, backbone, records, pool_size, seed, progress, look)
 
 
 def evaluate_pool(
@@ -179,40 +162,43 @@ def evaluate_pool(
         of the edited model. Each of these two holds `rewrite_acc`, `rephrase_acc`, `locality` {kind_acc}, `portability`
         {kind_acc} and, where the record has such questions, `multi_hop_acc`: lists with a number per query, in the
         record's order; with `exact_match` the same as `..._em`. Locality is agreement with the unedited model, so 1 in
-        `pre`. `left_out` counts the record's locality and portability queries that `without_collisions` took out.
+        `pre`. `left_out` counts the record's questions that `without_collisions` took out.
         A query of a single token with nothing before it cannot be scored and is absent.
 
     Raises:
         KeyError: for a question that the unedited model was not asked.
     """
-    cases = list(zip(*without_collisions(records), strict=True))
-    return _results(edited, originals, cases, exact_match, batch_size, max_new_tokens)
+    judge = TokenAccuracy(originals, exact_match, batch_size, max_new_tokens)
+    return judge.ask(edited, judge.cases(records))
 
 
 def _results(
     edited: Edited,
     originals: Answers,
-    cases: Sequence[tuple[EditRecord, int]],
+    cases: Sequence[Case],
     exact_match: bool,
     batch_size: int,
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     answers = Answers(edited)
-    answers.ask([record for record, _ in cases], exact_match, batch_size, max_new_tokens)
+    answers.ask([case.record for case in cases], exact_match, batch_size, max_new_tokens)
     return [
         {
-            "case_id": record.id,
-            "requested_rewrite": rewrite(record),
-            "pre": _judge(record, originals, originals, exact_match),
-            "post": _judge(record, answers, originals, exact_match),
-            "left_out": left_out,
+            "case_id": case.record.id,
+            "requested_rewrite": rewrite(case.record),
+            "pre": _judge(case.record, originals, originals, exact_match),
+            "post": _judge(case.record, answers, originals, exact_match),
+            "left_out": case.left_out,
         }
-        for record, left_out in cases
+        for case in cases
     ]
 
 
 def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
-    """The record with at most `per_kind` rephrases, and other queries of each kind, drawn by `seed`."""
+    """The record with at most `per_kind` rephrases, and other queries of each kind, drawn by `seed`.
+
+    Of a record with multi-hop questions rephrases and hops are all kept: by these is told what contradicts it.
+    """
     draw = random.Random(f"{seed}/{record.id}")
 
     def some(queries: Sequence[Query]) -> tuple[Query, ...]:
@@ -220,9 +206,12 @@ def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
 
     return replace(
         record,
-        rephrases=some(record.rephrases),
+        rephrases=record.rephrases if record.multi_hop else some(record.rephrases),
         locality={kind: some(queries) for kind, queries in record.locality.items()},
-        portability={kind: some(queries) for kind, queries in record.portability.items()},
+        portability={
+            kind: tuple(queries) if kind == HOP and record.multi_hop else some(queries)
+            for kind, queries in record.portability.items()
+        },
     )
 
 
@@ -246,7 +235,8 @@ def without_collisions(records: Sequence[EditRecord]) -> tuple[list[EditRecord],
     """Leave out queries whose right answer another edit of the pool may change (as UniEdit does for locality).
 
     A locality or portability query is left out when its prompt names, in whole words and the same case, the subject of
-    another record's edit. An edit whose source names no subject leaves nothing out.
+    another record's edit. An edit whose source names no subject leaves nothing out. Multi-hop questions are left out
+    where they rest on a hop that another record edits to something else (`datamodules.readers.mquake.conflicting`).
 
     Returns:
         The records without those queries, and how many each of them lost.
@@ -264,29 +254,16 @@ def without_collisions(records: Sequence[EditRecord]) -> tuple[list[EditRecord],
         return any(owners.get(span, set()) - {i} for span in spans)
 
     kept, left_out = [], []
-    for i, record in enumerate(records):
-        thinned = replace(
+    for i, (record, against) in enumerate(zip(records, conflicting(records), strict=True)):
+        fewer = replace(
             record,
+            multi_hop=() if against else record.multi_hop,
             locality={k: tuple(q for q in qs if not collides(q, i)) for k, qs in record.locality.items()},
             portability={k: tuple(q for q in qs if not collides(q, i)) for k, qs in record.portability.items()},
         )
-        kept.append(thinned)
-        left_out.append(_count(record) - _count(thinned))
+        kept.append(fewer)
+        left_out.append(_count(record) - _count(fewer))
     return kept, left_out
-
-
-def split_pools(records: Sequence[EditRecord], size: int) -> tuple[list[Sequence[EditRecord]], int]:
-    """Full pools of `size` records, and how many records are dropped; all records as one pool where they are fewer.
-
-    Raises:
-        ValueError: without records, or for a size below 1.
-    """
-    if not records or size < 1:
-        raise ValueError(f"needs records and a pool size of at least 1, got {len(records)} records, pool size {size}")
-    if len(records) <= size:
-        return [records], 0
-    whole = len(records) // size * size
-    return [records[at : at + size] for at in range(0, whole, size)], len(records) - whole
 
 
 def _judge(record: EditRecord, answers: Answers, originals: Answers, exact_match: bool) -> dict[str, Any]:
@@ -323,31 +300,9 @@ def _asked(known: dict[Any, Any], question: Any) -> Any:
     return known[question]
 
 
-def rewrite(record: EditRecord) -> dict[str, Any] | list[dict[str, Any]]:
-    """A record's edits as EasyEdit's results name them; a list where there are several."""
-    rewrites = [
-        {
-            "prompt": request.prompt,
-            "target_new": request.target,
-            "ground_truth": request.old_target,
-            "subject": request.subject,
-            "text": request.text,
-        }
-        for request in record.requests
-    ]
-    return rewrites[0] if len(rewrites) == 1 else rewrites
-
-
 def _words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text))
 
 
 def _count(record: EditRecord) -> int:
-    return sum(map(len, (*record.locality.values(), *record.portability.values())))
-
-
-def now(backbone: Backbone) -> float:
-    """A clock in seconds that waits for the device's queue."""
-    if backbone.device.type == "cuda":
-        torch.cuda.synchronize(backbone.device)
-    return time.perf_counter()
+    return sum(map(len, (*record.locality.values(), *record.portability.values(), record.multi_hop)))

@@ -12,24 +12,26 @@ are to be compared with the unedited model's own.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.records import join
+from datamodules.records import EditRecord, join
 from datamodules.tokens import encode
 from modules.editor import Edited
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+FLUENCY, CONSISTENCY = "fluency/ngram_entropy", "consistency/tfidf_cosine"  # ROME's GE and RS
 FLUENCY_PROTOCOLS: dict[str, str] = {
-    "fluency/ngram_entropy": "Entropy in bits of the bigrams (weight 1/3) and trigrams (weight 2/3) of prompt and "
+    FLUENCY: "Entropy in bits of the bigrams (weight 1/3) and trigrams (weight 2/3) of prompt and "
     "greedy continuation, up to 100 tokens, mean over a record's generation prompts (ROME, greedy instead of top-5 "
     "sampling).",
-    "consistency/tfidf_cosine": "Cosine of the TF-IDF vectors of a record's generated texts and of its reference "
+    CONSISTENCY: "Cosine of the TF-IDF vectors of a record's generated texts and of its reference "
     "texts, each joined to one (ROME, greedy instead of top-5 sampling).",
 }
 _WEIGHTS = {2: 1 / 3, 3: 2 / 3}  # the released code's mean of 2/3 and 4/3 of them
@@ -53,8 +55,28 @@ class Written:
     @property
     def values(self) -> dict[str, float]:
         """Metric -> value, for `modules.metrics.summarise`."""
-        found = {"fluency/ngram_entropy": self.fluency, "consistency/tfidf_cosine": self.consistency}
+        found = {FLUENCY: self.fluency, CONSISTENCY: self.consistency}
         return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class References:
+    """Texts about subjects that have an attribute (ROME's attribute_snippets.json).
+
+    Args:
+        texts: by (relation id, target id); see `datamodules.readers.counterfact.read_snippets`.
+    """
+
+    texts: Mapping[tuple[str, str], tuple[str, ...]]
+
+    def of(self, record: EditRecord) -> tuple[str, ...]:
+        """The texts about the new attribute of a record's edit; none where the record or the file does not name it."""
+        return self.texts.get((record.domain or "", record.target_id or ""), ())
+
+    @cached_property
+    def vectorizer(self) -> "TfidfVectorizer":
+        """TF-IDF weights of all texts, whatever their attribute, as in ROME."""
+        return tfidf([text for some in self.texts.values() for text in some])
 
 
 def words(text: str) -> list[str]:
@@ -107,7 +129,7 @@ def written(
     """Let a model write on each record's generation prompts, and judge the texts.
 
     Args:
-        prompts: of each record; all records are asked in one call.
+        prompts: of each record; all records are asked in one call. One that is there several times weighs as much.
         references: of each record, texts about subjects that have the edited attribute; one without any gets no
             consistency.
         vectorizer: see `tfidf`; by default one of all references.
@@ -121,19 +143,19 @@ def written(
     if len(references) != len(prompts) or not all(prompts):
         raise ValueError(f"needs prompts for each of {len(prompts)} records, and references for each or for none")
     tokenizer = edited.backbone.tokenizer
-    flat = [prompt for some in prompts for prompt in some]
+    flat = list(dict.fromkeys(prompt for some in prompts for prompt in some))  # greedy: the same text again
     lengths = [len(encode(tokenizer, prompt).ids) for prompt in flat]
     if flat and max(lengths) >= max_tokens:
         longest = flat[lengths.index(max(lengths))]
         raise ValueError(f"the prompt {longest!r} is {max(lengths)} tokens long, max_tokens is {max_tokens}")
     new = max_tokens - min(lengths, default=0)
     continued = edited.generate(flat, max_new_tokens=new, batch_size=batch_size) if flat else []
-    texts = iter([_cut(edited, prompt, more, max_tokens) for prompt, more in zip(flat, continued, strict=True)])
+    texts = {p: _cut(edited, p, more, max_tokens) for p, more in zip(flat, continued, strict=True)}
     if vectorizer is None and any(references):
         vectorizer = tfidf([text for some in references for text in some])
     found = []
     for some, known in zip(prompts, references, strict=True):
-        own = tuple(next(texts) for _ in some)
+        own = tuple(texts[prompt] for prompt in some)
         alike = consistency(own, known, vectorizer) if known and vectorizer is not None else None
         found.append(Written(own, sum(map(fluency, own)) / len(own), alike))
     return found

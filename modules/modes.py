@@ -5,7 +5,7 @@ are evaluated, so a figure says what the model still knows, not what it knew rig
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, Evaluation, evaluate_pool, now, without_collisions
+from modules.evaluation import Answers, TokenAccuracy
 from modules.interventions import LowRank, linear
-from modules.metrics import summarise
+from modules.judging import Evaluation, Judge, Make, now, refuse_unasked, settings_of
 
 
 class Norms(NamedTuple):
@@ -36,7 +36,8 @@ class Checkpoint:
     """The state after a number of edits.
 
     Attributes:
-        evaluation: of all records edited so far, whose number is its `pool_size`; seconds are counted from the start.
+        evaluation: of all records edited so far, whose number is its `pool_size`; seconds and `queries` are counted
+            from the start, `context_tokens` at this checkpoint.
         first: aggregates over the records of the first checkpoint alone: what later edits leave of the earliest.
         norms: of each edited matrix by name; empty where the editor changes none.
     """
@@ -52,43 +53,43 @@ def consecutive(
     records: Sequence[EditRecord],
     batch: int = 1,
     checkpoints: Sequence[int] | None = None,
-    exact_match: bool = False,
-    batch_size: int = 32,
-    max_new_tokens: int = 16,
+    judge: Judge | None = None,
     seed: int = 0,
-    originals: Answers | None = None,
     progress: Callable[[int], None] | None = None,
     at_checkpoint: Callable[[Checkpoint], None] | None = None,
     at_end: Callable[[Edited], None] | None = None,
 ) -> list[Checkpoint]:
-    """Edit the records batch after batch, each on top of all earlier ones, and evaluate all so far at checkpoints.
+    """Edit the records batch after batch, each on top of all earlier ones, and judge all so far at checkpoints.
 
-    Locality and portability queries that name the subject of any other record are left out from the start, so that
+    Questions and cases that any other record's edit leaves without a right answer are left out from the start, so that
     every checkpoint asks the same of a record.
 
     Args:
         batch: records of one edit.
         checkpoints: numbers of records; by default 1, 10, 100, ... Each is moved to the end of its batch, and the end
             of all is always one.
+        judge: the protocol; by default token accuracy, compared with `backbone`.
         seed: of the bootstrap.
-        originals: the unedited model's answers, kept over calls; by default asked anew of `backbone`.
         progress: called with the number of records edited or evaluated since the last call (see `work`).
         at_checkpoint: called with each checkpoint as it is reached.
         at_end: called with the model under all edits.
 
     Raises:
         ValueError: without records, for a batch or checkpoint below 1, for an editor that is given each record's own
-            edit; and whatever the editor raises, NotImplementedError where it cannot edit what is edited.
+            edit, for records that the protocol cannot judge or that all contradict each other; and whatever the editor
+            raises, NotImplementedError where it cannot edit what is edited.
     """
     stops = stops_of(len(records), batch, checkpoints)
     if editor.own_edit_only:
         raise ValueError(f"{editor.name} has only each record's own edit: there is nothing to edit consecutively")
-    options: dict[str, Any] = {"exact_match": exact_match, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    kept, left_out = without_collisions(records)
-    originals = originals or Answers(Edited(backbone))
-    originals.ask(kept, **options)
+    judge = judge or TokenAccuracy(Answers(Edited(backbone)))
+    judge.check(records)
+    cases = judge.cases(records)
+    refuse_unasked(cases)
+    judge.ask_unedited([case for case in cases if case.asked])
     found: list[Checkpoint] = []
     edit_seconds = answer_seconds = 0.0
+    queries = 0
     edited: Edited | None = None
     with ExitStack() as stack:
         for at in range(0, len(records), batch):
@@ -101,18 +102,17 @@ def consecutive(
             _tell(progress, done - at)
             if done not in stops:
                 continue
-            results = evaluate_pool(edited, originals, kept[:done], **options)
-            results = [result | {"left_out": n} for result, n in zip(results, left_out, strict=False)]
+            asked = [case for case in cases[:done] if case.asked]
+            results = judge.results(judge.ask(edited, asked), _not_anew(editor)) if asked else []
             answer_seconds += now(backbone) - ready
-            settings = options | {
-                "batch": batch,
-                "records": done,
-                "queries_left_out": sum(left_out[:done]),
-                "bootstrap_seed": seed,
-            }
-            aggregates = summarise(results, seed=seed)
+            settings = settings_of(judge, cases[:done], results, seed) | {"batch": batch}
+            if prompts := judge.prompts(asked):
+                queries += len(prompts)
+                tokens = sum(edited.context_tokens(prompts)) / len(prompts)
+                settings |= {"queries": queries, "context_tokens": tokens}
+            aggregates = judge.summary(results, seed)
             evaluation = Evaluation(editor.name, done, results, aggregates, edit_seconds, answer_seconds, settings)
-            first = summarise(results[: stops[0]], seed=seed)
+            first = judge.summary(results[: sum(case.asked for case in cases[: stops[0]])], seed)
             found.append(Checkpoint(evaluation, first, norms(backbone, edited.weight_changes())))
             _tell(progress, done)
             if at_checkpoint:
@@ -163,6 +163,18 @@ def _edit(
     # where the edits are the object's alone, the old one need not be kept: a thousand of them would fill the memory
     add = getattr(edited, "add", None)
     return add(requests) if add else stack.enter_context(edited.edit(requests))
+
+
+def _not_anew(editor: Editor) -> Make:
+    """What would make all edits so far anew, in one call: they would no longer be those of this mode."""
+
+    def refused(_: Sequence[EditRequest]) -> AbstractContextManager[Edited]:
+        raise NotImplementedError(
+            f"{editor.name} cannot edit on top of edits, which this protocol's related facts need here; take --mode "
+            "single or batch"
+        )
+
+    return refused
 
 
 def _tell(progress: Callable[[int], None] | None, count: int) -> None:

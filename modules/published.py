@@ -6,8 +6,8 @@ of the pool, since the publications leave none out; and a record that lacks a qu
 so that all figures, and their harmonic mean, are over the same records.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,27 +16,29 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from datamodules.records import EditRecord
-from modules.backbone import Backbone
-from modules.editor import Edited, Editor, TargetScore
-from modules.evaluation import Evaluation, now, rewrite, split_pools
+from modules.editor import Edited, TargetScore
+from modules.judging import Case, Judge, rewrite
 from modules.metrics import summarise
 
 Pair = tuple[str, str]  # a prompt, and the target that is scored after it
 
 
-class Published(ABC):
+class Published(Judge):
     """A published protocol.
 
+    A query is a prompt with all targets that are scored after it; seconds are of batches of `batch_size` rows, not of a
+    query that is asked alone. A model whose log-probabilities its edits have made infinite is refused, by ValueError.
+
     Attributes:
-        name: what `--protocol` and the metrics' names say.
-        definitions: metric name -> how it is measured; the means over records, and `score`.
+        definitions: the means over records, and `score`.
         parts: the three metrics whose harmonic mean is `score`.
     """
 
-    name: str
-    definitions: Mapping[str, str]
     score: str
     parts: tuple[str, str, str]
+
+    def __init__(self, batch_size: int = 32) -> None:
+        self.batch_size = batch_size
 
     @abstractmethod
     def lacks(self, record: EditRecord) -> str:
@@ -50,24 +52,29 @@ class Published(ABC):
     def judge(self, record: EditRecord, scores: Mapping[Pair, TargetScore]) -> dict[str, Any]:
         """The `post` of a record's result, from the scores of its pairs."""
 
-    @abstractmethod
-    def values(self, post: Mapping[str, Any]) -> dict[str, float]:
-        """Metric name -> value of one record, for every metric but `score`."""
-
     @property
     def means(self) -> tuple[str, ...]:
         """The metrics that are means over records: all but `score`."""
         return tuple(name for name in self.definitions if name != self.score)
 
     def check(self, records: Iterable[EditRecord]) -> None:
-        """Refuse records that the protocol cannot judge.
-
-        Raises:
-            ValueError: names the first one, and what it lacks.
-        """
         for record in records:
             if missing := self.lacks(record):
                 raise ValueError(f"--protocol {self.name}: record {record.id!r} {missing}")
+
+    def ask(self, edited: Edited, cases: Sequence[Case]) -> list[Any]:
+        records = [case.record for case in cases]
+        scores = _scores(edited, list(dict.fromkeys(p for r in records for p in self.pairs(r))), self.batch_size)
+        return [{"case_id": r.id, "requested_rewrite": rewrite(r), "post": self.judge(r, scores)} for r in records]
+
+    def prompts(self, cases: Sequence[Case]) -> list[str]:
+        return list(dict.fromkeys(prompt for case in cases for prompt, _ in self.pairs(case.record)))
+
+    def summary(self, results: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+        return summarise_published(self, results, seed)
+
+    def options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size}
 
 
 class PublishedMetrics(Metric):
@@ -87,7 +94,7 @@ class PublishedMetrics(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, results: Iterable[Mapping[str, Any]]) -> None:
-        """Add per-record results, as `evaluate_published` gives them."""
+        """Add per-record results, as the protocol gives them."""
         for result in results:
             values = self.protocol.values(result["post"])
             self.sums += self.sums.new_tensor([values[name] for name in self.protocol.means])
@@ -127,65 +134,6 @@ def summarise_published(
         "records": len(results),
     }
     return {protocol.score: score} | summary
-
-
-def evaluate_published(
-    protocol: Published,
-    editor: Editor,
-    backbone: Backbone,
-    records: Sequence[EditRecord],
-    pool_size: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
-) -> Evaluation:
-    """Edit the records a pool at a time, each pool from the unedited backbone, and judge by a published protocol.
-
-    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. A query is a prompt with all
-    targets that are scored after it; seconds are of batches of `batch_size` rows, not of a query that is asked alone.
-
-    Raises:
-        ValueError: without records, with a pool size below 1, for a record that lacks what the protocol needs; where
-            an edit leaves a model whose log-probabilities are not finite; and whatever the editor raises.
-    """
-    pools, dropped = split_pools(records, pool_size)
-    protocol.check(records)
-    results: list[dict[str, Any]] = []
-    edit_seconds = answer_seconds = 0.0
-    queries = context_tokens = 0
-    for pool in pools:
-        for group in [[record] for record in pool] if editor.own_edit_only else [pool]:
-            pairs = list(dict.fromkeys(pair for record in group for pair in protocol.pairs(record)))
-            prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-            start = now(backbone)
-            with editor.edit(backbone, [request for record in group for request in record.requests]) as edited:
-                ready = now(backbone)
-                scores = _scores(edited, pairs, batch_size)
-                answer_seconds += now(backbone) - ready
-                edit_seconds += ready - start
-                queries += len(prompts)
-                context_tokens += sum(edited.context_tokens(prompts))
-                if look:
-                    look(edited, group)
-            results += [
-                {"case_id": r.id, "requested_rewrite": rewrite(r), "post": protocol.judge(r, scores)} for r in group
-            ]
-            if progress:
-                progress(len(group))
-    settings = {
-        "protocol": protocol.name,
-        "batch_size": batch_size,
-        "own_edit_only": editor.own_edit_only,
-        "pools": len(pools),
-        "records": len(results),
-        "records_dropped": dropped,
-        "queries": queries,
-        "context_tokens": context_tokens / queries,
-        "bootstrap_seed": seed,
-    }
-    aggregates = summarise_published(protocol, results, seed)
-    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
 
 
 def _scores(edited: Edited, pairs: Sequence[Pair], batch_size: int) -> dict[Pair, TargetScore]:

@@ -5,7 +5,7 @@ rests on other facts too. UniEdit asks for those first, edits in the ones that t
 question, and takes them back. Any records can be judged so: the IBKE paper reports all its data sets by this protocol.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest, Query
-from modules.backbone import Backbone
-from modules.editor import Edited, Editor, TargetScore
-from modules.evaluation import Answers, Evaluation, now, rewrite, split_pools, without_collisions
+from modules.editor import Edited, TargetScore
+from modules.evaluation import Answers, without_collisions
+from modules.judging import Case, Judge, Make, rewrite, thinned
 from modules.metrics import summarise
 
 TOP = 5
@@ -47,6 +47,7 @@ class _Asked:
         sort: generality, locality, portability or multi_hop.
         criteria: its own, or the kind where it has none.
         failed: the hops that the edited model does not know.
+        made: how these were edited in: further, on top of the edits, or together with them.
         share: the score, or None where there was nothing to predict.
     """
 
@@ -54,6 +55,7 @@ class _Asked:
     query: Query
     criteria: tuple[str, ...]
     failed: tuple[EditRequest, ...] = ()
+    made: str = ""
     share: float | None = None
 
     @property
@@ -69,71 +71,59 @@ class _Case:
     asked: list[_Asked] = field(default_factory=list)
 
 
-def evaluate_uniedit(
-    editor: Editor,
-    backbone: Backbone,
-    records: Sequence[EditRecord],
-    pool_size: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    originals: Answers | None = None,
-    progress: Callable[[int], None] | None = None,
-    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
-) -> Evaluation:
-    """Edit the records a pool at a time, each pool from the unedited backbone, and judge by UniEdit's protocol.
-
-    Pools, `own_edit_only`, `originals`, `progress` and `look` are as in `modules.evaluation.evaluate`. The seconds
-    spent on hops count as answering.
+class UniEdit(Judge):
+    """UniEdit's protocol. The seconds spent on hops count as answering.
 
     Against the released code: locality is left out for collisions within a pool, not within all records at once; all
     hops of a question are looked at before the first of them is edited in, and are then made in one call.
 
-    Raises:
-        ValueError: without records or with a pool size below 1; and whatever the editor raises.
+    Args:
+        originals: the unedited model's answers, kept over calls.
     """
-    pools, dropped = split_pools(records, pool_size)
-    originals = originals or Answers(Edited(backbone))
-    cases: list[_Case] = []
-    made: set[str] = set()
-    edit_seconds = answer_seconds = 0.0
-    for pool in pools:
-        of_pool = [_case(record, n) for record, n in zip(*without_known_facts(pool), strict=True)]
-        _ask_unedited(originals, of_pool, batch_size)
-        for group in [[case] for case in of_pool] if editor.own_edit_only else [of_pool]:
-            requests = [request for case in group for request in case.record.requests]
-            start = now(backbone)
-            with editor.edit(backbone, requests) as edited:
-                ready = now(backbone)
-                _judge(edited, originals, group, batch_size)
-                waiting = _with_hops(edited, group, batch_size, made)
-                if look:
-                    look(edited, [case.record for case in group])
-            for hops, asked in waiting.items():  # not within the first edit, which may live in the same modules
-                with editor.edit(backbone, [*requests, *hops]) as edited:
-                    _answer(edited, asked, batch_size)
-                made.add("together")
-            edit_seconds += ready - start
-            answer_seconds += now(backbone) - ready
-            if progress:
-                progress(len(group))
-        cases += of_pool
-    results = [_result(case) for case in cases]
-    failed = [len(asked.failed) for case in cases for asked in case.asked]
-    settings = {
-        "protocol": "uniedit",
-        "batch_size": batch_size,
-        "own_edit_only": editor.own_edit_only,
-        "pools": len(pools),
-        "records": len(results),
-        "records_dropped": dropped,
-        "queries_left_out": sum(case.left_out for case in cases),
-        "queries_with_unknown_hops": sum(map(bool, failed)),
-        "hops_edited": sum(failed),
-        "hops_made": " and ".join(sorted(made)) or "none",
-        "bootstrap_seed": seed,
-    }
-    aggregates = summarise(results, seed=seed, values=uniedit_values)
-    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+    name = "uniedit"
+    definitions = UNIEDIT_PROTOCOLS
+
+    def __init__(self, originals: Answers, batch_size: int = 32) -> None:
+        self.originals, self.batch_size = originals, batch_size
+
+    def cases(self, records: Sequence[EditRecord]) -> list[Case]:
+        return thinned(records, *without_known_facts(records))
+
+    def ask_unedited(self, cases: Sequence[Case]) -> None:
+        _ask_unedited(self.originals, [_case(case) for case in cases], self.batch_size)
+
+    def ask(self, edited: Edited, cases: Sequence[Case]) -> list[Any]:
+        found = [_case(case) for case in cases]
+        _judge(edited, self.originals, found, self.batch_size)
+        _with_hops(edited, found, self.batch_size)
+        return found
+
+    def results(self, found: list[Any], make: Make) -> list[dict[str, Any]]:
+        for hops, asked in _waiting(found).items():
+            with make(hops) as edited:
+                _answer(edited, asked, self.batch_size)
+            _made(asked, "together")
+        return [_result(case) for case in found]
+
+    def values(self, post: Mapping[str, Any]) -> dict[str, float]:
+        return uniedit_values(post)
+
+    def summary(self, results: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+        return summarise(results, seed, values=uniedit_values)
+
+    def options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size}
+
+    def counts(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        asked = [a for r in results for of in r["post"].values() for a in of if isinstance(a, dict)]
+        failed = [a["hops_edited"] for a in asked if a.get("hops_edited")]
+        made = {how for r in results for how in r["hops_made"]}
+        return {
+            "queries_with_unknown_hops": len(failed),
+            "hops_edited": sum(failed),
+            "hops_made": " and ".join(sorted(made)) or "none",
+        }
 
 
 def uniedit_values(answers: Mapping[str, Any]) -> dict[str, float]:
@@ -169,8 +159,9 @@ def without_known_facts(records: Sequence[EditRecord]) -> tuple[list[EditRecord]
     return kept, left_out
 
 
-def _case(record: EditRecord, left_out: int) -> _Case:
-    case = _Case(record, left_out)
+def _case(given: Case) -> _Case:
+    record = given.record
+    case = _Case(record, given.left_out)
     case.asked = [_Asked("generality", q, q.criteria or ("Rep",)) for q in record.rephrases]
     for kind, queries in record.portability.items():
         case.asked += [_Asked("generality" if q.criteria else "portability", q, q.criteria or (kind,)) for q in queries]
@@ -208,22 +199,29 @@ def _judge(edited: Edited, originals: Answers, cases: Sequence[_Case], batch_siz
     _answer(edited, [asked for asked in every if asked.sort != "locality" and not asked.failed], batch_size)
 
 
-def _with_hops(
-    edited: Edited, cases: Sequence[_Case], batch_size: int, made: set[str]
-) -> dict[tuple[EditRequest, ...], list[_Asked]]:
-    """Answer what rests on unknown hops with those edited in on top; what is left, where the editor cannot do so."""
-    waiting: dict[tuple[EditRequest, ...], list[_Asked]] = {}
-    for asked in (a for case in cases for a in case.asked if a.failed):
-        waiting.setdefault(asked.failed, []).append(asked)
-    for hops in list(waiting):
+def _with_hops(edited: Edited, cases: Sequence[_Case], batch_size: int) -> None:
+    """Answer what rests on unknown hops with those edited in on top, where the editor can do so."""
+    for hops, asked in _waiting(cases).items():
         with ExitStack() as stack:
             try:
                 further = stack.enter_context(edited.edit(hops))
             except NotImplementedError:
                 break
-            _answer(further, waiting.pop(hops), batch_size)
-            made.add("further")
+            _answer(further, asked, batch_size)
+            _made(asked, "further")
+
+
+def _waiting(cases: Sequence[_Case]) -> dict[tuple[EditRequest, ...], list[_Asked]]:
+    """The questions whose unknown hops are not edited in yet, by these."""
+    waiting: dict[tuple[EditRequest, ...], list[_Asked]] = {}
+    for asked in (a for case in cases for a in case.asked if a.failed and not a.made):
+        waiting.setdefault(asked.failed, []).append(asked)
     return waiting
+
+
+def _made(asked: Sequence[_Asked], how: str) -> None:
+    for one in asked:
+        one.made = how
 
 
 def _answer(edited: Edited, asked: Sequence[_Asked], batch_size: int) -> None:
@@ -269,6 +267,7 @@ def _result(case: _Case) -> dict[str, Any]:
         "requested_rewrite": rewrite(case.record),
         "post": {"rewrite_acc": case.reliability} | dict(_by_sort(case)),
         "left_out": case.left_out,
+        "hops_made": sorted({a.made for a in case.asked if a.made}),
     }
 
 

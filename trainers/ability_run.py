@@ -164,7 +164,8 @@ def _new(
 ) -> Report:
     protocols = {name: text for one in asked for name, text in one.task.protocols.items()}
     mode = "batch" if batch is None else "sequential" if batch == 1 else "consecutive"
-    meta: dict[str, Any] = new_report(backbone, records, counts, data, seed, protocols=protocols, mode=mode)["meta"]
+    report = new_report(backbone, records, counts, data, seed, protocols=protocols, mode=mode, protocol="ability")
+    meta: dict[str, Any] = report["meta"]
     meta["edited_after"] = meta.pop("pool_sizes")
     tasks = {one.task.name: {"main": one.task.main, "examples": len(one.examples)} for one in asked}
     return {"meta": meta | {"batch": batch, "tasks": tasks, "left_out": missing}, "cells": {}}

@@ -3,6 +3,7 @@
 `--editor`, given once or more often, takes exported folders and training-free editors alike (trainers/editors.py).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from trainers.benchmark.run import run_benchmark
 from trainers.command import run
 from trainers.editors import Spec
 from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
-from trainers.protocols import Demonstrations, Protocol, check_records
+from trainers.protocols import Demonstrations, Judging, Protocol
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
 
@@ -37,6 +38,8 @@ def evaluate(
     checkpoints: list[int] | None = None,
     device: str = "auto",
     demonstrations: Demonstrations | None = None,
+    fluency: bool = False,
+    references: str | None = None,
     benchmark: Benchmark | None = None,
 ) -> None:
     """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
@@ -50,7 +53,8 @@ def evaluate(
         records: how many records, drawn by `seed`.
         pool_sizes: how many edits stand at once.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
-        queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
+        queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record;
+            of MQuAKE's edits and hops all are asked.
         exact_match: also generate and compare whole answers (default protocol).
         out: the JSON file.
         seed: draws the records, and the bootstrap.
@@ -65,6 +69,8 @@ def evaluate(
         checkpoints: numbers of records edited so far; by default 1, 10, 100, ... and the end.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
         demonstrations: of the protocol mquake.
+        fluency: of the protocol counterfact: let the models write too, and measure fluency (GE); takes minutes.
+        references: texts in the shape of ROME's attribute_snippets.json, for the consistency (RS) of what is written.
         benchmark: a grid of data sets and runs for all editors, in place of one set and mode; see
             configs/benchmark_smollm2.yaml.
     """
@@ -72,10 +78,9 @@ def evaluate(
     if (one_by_one and batch not in (None, 1)) or (mode == "consecutive" and not batch):
         raise ValueError(f"--mode {mode} and --batch {batch} do not go together; --mode consecutive needs a --batch")
     consecutively = mode in ("sequential", "consecutive")
-    if consecutively and protocol != "default":
-        raise ValueError(f"--protocol {protocol} is of --mode single and batch; the mode is {mode}")
     if checkpoints and not consecutively:
         raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
+    judging = Judging(protocol, exact_match, demonstrations or Demonstrations(), fluency, references)
     if baselines is None:
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
     specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device)
@@ -83,20 +88,20 @@ def evaluate(
     if benchmark:
         if data:
             raise ValueError("--data: a benchmark names its own data sets, benchmark.datasets; leave it out")
+        if replace(judging, exact_match=False) != Judging():
+            raise ValueError("--protocol and its options: each of benchmark.datasets names its own; leave them out")
         run_benchmark(benchmark, specs, *build(specs), seed=seed, batch_size=batch_size)
         return
     if not data:
         raise ValueError("nothing to evaluate: give --data, or a --benchmark")
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
-    check_records(protocol, drawn_records)
-    if demonstrations and protocol != "mquake":
-        raise ValueError(f"--demonstrations are of --protocol mquake; the protocol is {protocol}")
+    judging.check(drawn_records)
     model, editors = build(specs)
     drawn_records = meeting_conditions(model, drawn_records, batch_size)
     about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
     if consecutively:
-        run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, exact_match, Path(out), **about)
+        run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, judging, Path(out), **about)
         return
     sizes = [1] if mode == "single" else [batch] if batch else pool_sizes or [1, 10, 100]
     run_evaluation(
@@ -104,10 +109,8 @@ def evaluate(
         model,
         drawn_records,
         sizes,
-        exact_match,
+        judging,
         Path(out),
-        protocol=protocol,
-        demonstrations=demonstrations,
         singles=None if mode == "single" else singles,
         mode=mode,
         **about,

@@ -11,9 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, fewer_queries, split_pools
+from modules.evaluation import Answers, fewer_queries
+from modules.judging import evaluate_pools, split_pools
 from modules.protocols.conditions import without_failed_conditions
-from trainers.protocols import Demonstrations, Protocol, check_records, judge_of
+from trainers.protocols import Judging
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def run_evaluation(
     backbone: Backbone,
     records: Sequence[EditRecord],
     pool_sizes: Sequence[int],
-    exact_match: bool,
+    judging: Judging,
     out: Path,
     progress: bool = True,
     data: str = "",
@@ -33,9 +34,7 @@ def run_evaluation(
     max_new_tokens: int = 16,
     singles: int | None = None,
     console: Console | None = None,
-    protocol: Protocol = "default",
     mode: str = "batch",
-    demonstrations: Demonstrations | None = None,
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -44,10 +43,10 @@ def run_evaluation(
     goes on; `trainers.report.failures` lists the marks. Pool sizes above the number of records become that number.
 
     Args:
+        judging: how answers are judged.
         data, seed, mode: see `trainers.report.new_report`.
-        batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
+        batch_size, max_new_tokens: see `Judging.judge`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
-        protocol, demonstrations: how answers are judged, see `trainers.protocols`.
 
     An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
@@ -56,13 +55,15 @@ def run_evaluation(
             that the protocol cannot judge.
     """
     check(editors, records, pool_sizes)
-    check_records(protocol, records)
+    judging.check(records)
     sizes = sorted({min(size, len(records)) for size in pool_sizes})
     if sizes != sorted(set(pool_sizes)):
         log.warning("pool sizes %s become %s: there are %d records", list(pool_sizes), sizes, len(records))
     console = console or Console()
-    definitions, judge = judge_of(protocol, Answers(Edited(backbone)), exact_match, max_new_tokens, demonstrations)
-    report = new_report(backbone, records, sizes, data, seed, mode=mode, protocols=definitions)
+    judge = judging.judge(Answers(Edited(backbone)), batch_size, max_new_tokens)
+    report = new_report(
+        backbone, records, sizes, data, seed, mode=mode, protocols=judge.definitions, protocol=judge.name
+    )
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
     plan = [(editor, size) for editor in editors for size in (sizes if editor.reads_pool else sizes[-1:])]
@@ -73,12 +74,12 @@ def run_evaluation(
             shown.update(task, description=f"{editor.name}, {size} edits")
             ends += work[size]
             try:
-                evaluation = judge(
+                evaluation = evaluate_pools(
+                    judge,
                     editor,
                     backbone,
                     of_size[size],
                     size,
-                    batch_size=batch_size,
                     seed=seed,
                     progress=lambda n: shown.advance(task, n),
                 )

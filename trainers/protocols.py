@@ -1,30 +1,28 @@
 """The protocols by which answers are judged, by the names that `--protocol` takes."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
+import numpy as np
+
+from datamodules.readers.counterfact import read_snippets
 from datamodules.readers.mquake import read_few_shot
 from datamodules.records import EditRecord
 from datamodules.sources import Source
-from modules.counterfact import COUNTERFACT
-from modules.evaluation import Answers, Evaluation, evaluate
-from modules.metrics import PROTOCOLS
-from modules.protocols.dune import DUNE_PROTOCOLS, check_dune, evaluate_dune
+from modules.counterfact import CounterFact
+from modules.evaluation import Answers, TokenAccuracy
+from modules.fluency import References
+from modules.judging import Judge
+from modules.metrics import record_values
+from modules.protocols.dune import Dune, check_dune, dune_values
 from modules.protocols.few_shot import FewShot
-from modules.protocols.mquake import MQUAKE_PROTOCOLS, check_mquake, evaluate_mquake
-from modules.published import Published, evaluate_published
-from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit
-from modules.zsre import ZSRE
+from modules.protocols.mquake import MQuAKE, check_mquake, mquake_values
+from modules.uniedit import UniEdit, uniedit_values
+from modules.zsre import Zsre
 
 Protocol = Literal["default", "uniedit", "counterfact", "zsre", "mquake", "dune"]
-PUBLISHED: dict[str, Published] = {protocol.name: protocol for protocol in (COUNTERFACT, ZSRE)}
-_CHECKS: dict[str, Callable[[Iterable[EditRecord]], None]] = {
-    "mquake": check_mquake,
-    "dune": check_dune,
-    **{name: protocol.check for name, protocol in PUBLISHED.items()},
-}
 
 
 @dataclass
@@ -53,37 +51,117 @@ class Demonstrations:
         return FewShot(**read_few_shot(str(files[0]), files[1]))
 
 
-def check_records(protocol: Protocol, records: Iterable[EditRecord]) -> None:
-    """Refuse records that a protocol cannot judge, before any work."""
-    if protocol in _CHECKS:
-        _CHECKS[protocol](records)
-
-
-def judge_of(
-    protocol: Protocol,
-    originals: Answers,
-    exact_match: bool,
-    max_new_tokens: int = 16,
-    demonstrations: Demonstrations | None = None,
-) -> tuple[Mapping[str, str], Callable[..., Evaluation]]:
-    """A protocol's metrics by name, and what evaluates one editor at one pool size.
-
-    That is called with editor, backbone, records, pool size, and batch_size, seed, progress and look where wanted, as
-    `modules.evaluation.evaluate` is.
+@dataclass(frozen=True)
+class Measures:
+    """How a protocol's figures come from its per-record results.
 
     Args:
-        originals: the unedited model's answers, which most protocols ask for.
-        exact_match, max_new_tokens: of the default protocol.
-        demonstrations: of MQuAKE's.
+        values: metric name -> value of one record, from the `post` of its result.
+        scores: the metrics that are harmonic means of others' means, with these; all others are means over records.
     """
-    if protocol in PUBLISHED:
-        return PUBLISHED[protocol].definitions, partial(evaluate_published, PUBLISHED[protocol])
-    if protocol == "mquake":
-        few_shot = (demonstrations or Demonstrations()).read()
-        return MQUAKE_PROTOCOLS, partial(evaluate_mquake, originals=originals, few_shot=few_shot)
-    if protocol == "dune":
-        return DUNE_PROTOCOLS, partial(evaluate_dune, originals=originals)
-    if protocol == "uniedit":
-        return UNIEDIT_PROTOCOLS, partial(evaluate_uniedit, originals=originals)
-    options: dict[str, Any] = {"exact_match": exact_match, "max_new_tokens": max_new_tokens}
-    return PROTOCOLS, partial(evaluate, originals=originals, **options)
+
+    values: Callable[[Mapping[str, Any]], Mapping[str, float]]
+    scores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def parts(self, metric: str) -> tuple[str, ...]:
+        """The values of a record that a metric needs."""
+        return self.scores.get(metric, (metric,))
+
+    @staticmethod
+    def of(rows: np.ndarray) -> float:
+        """A metric of records, from their parts [records, parts]: the mean, or of several means the harmonic one."""
+        means = rows.mean(0)
+        return float(means[0] if len(means) == 1 else len(means) / (1 / means).sum() if means.all() else 0.0)
+
+
+_COUNTERFACT, _ZSRE = CounterFact(), Zsre()
+MEASURES: dict[str, Measures] = {
+    "default": Measures(record_values),
+    "uniedit": Measures(uniedit_values),
+    "mquake": Measures(mquake_values),
+    "dune": Measures(dune_values),
+    **{p.name: Measures(p.values, {p.score: p.parts}) for p in (_COUNTERFACT, _ZSRE)},
+}
+
+
+_CHECKS: dict[str, Callable[[Iterable[EditRecord]], None]] = {
+    "mquake": check_mquake,
+    "dune": check_dune,
+    "zsre": _ZSRE.check,
+}
+
+
+@dataclass
+class Judging:
+    """How answers are judged: the protocol and its options.
+
+    Args:
+        exact_match: of the default protocol: also generate and compare whole answers.
+        demonstrations: of MQuAKE's.
+        fluency: of CounterFact's: also let the model write, and measure fluency (GE).
+        references: a file of reference texts in the shape of ROME's attribute_snippets.json, looked for where data is;
+            with it the consistency (RS) of what is written is measured too.
+
+    Raises:
+        ValueError: for an option of another protocol, or references without fluency.
+    """
+
+    protocol: Protocol = "default"
+    exact_match: bool = False
+    demonstrations: Demonstrations = field(default_factory=Demonstrations)
+    fluency: bool = False
+    references: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.fluency and self.protocol != "counterfact":
+            raise ValueError(f"--fluency is of --protocol counterfact; the protocol is {self.protocol}")
+        if self.references and not self.fluency:
+            raise ValueError("--references are for the consistency of what a model writes: give --fluency true too")
+        if self.demonstrations != Demonstrations() and self.protocol != "mquake":
+            raise ValueError(f"demonstrations are of --protocol mquake; the protocol is {self.protocol}")
+
+    def check(self, records: Iterable[EditRecord]) -> None:
+        """Refuse records that the protocol cannot judge, before any work.
+
+        Raises:
+            FileNotFoundError, ValueError: for a file of the protocol's that cannot be read.
+            ValueError: names the first record, and what it lacks.
+        """
+        if self.protocol == "counterfact":
+            self._counterfact().check(records)
+        elif self.protocol in _CHECKS:
+            _CHECKS[self.protocol](records)
+
+    def judge(self, originals: Answers, batch_size: int = 32, max_new_tokens: int = 16) -> Judge:
+        """What judges edited models.
+
+        Args:
+            originals: the unedited model's answers, which most protocols ask for.
+            max_new_tokens: of the default protocol's generated answers.
+        """
+        if self.protocol == "counterfact":
+            return self._counterfact(batch_size)
+        if self.protocol == "zsre":
+            return Zsre(batch_size)
+        if self.protocol == "mquake":
+            return MQuAKE(self.demonstrations.read(), batch_size)
+        if self.protocol == "dune":
+            return Dune(originals, batch_size)
+        if self.protocol == "uniedit":
+            return UniEdit(originals, batch_size)
+        return TokenAccuracy(originals, self.exact_match, batch_size, max_new_tokens)
+
+    def told(self) -> dict[str, Any]:
+        """As JSON values, without the options that are not used."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("fluency", "references")}
+
+    def _counterfact(self, batch_size: int = 32) -> CounterFact:
+        return CounterFact(batch_size, self.fluency, _references(self.references) if self.references else None)
+
+
+@cache
+def _references(file: str) -> References:
+    try:
+        return References(read_snippets(Source("records", file).located() or file))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--references: {error}") from error

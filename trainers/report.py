@@ -27,8 +27,9 @@ from datamodules.readers.uniedit import GENERALITY, LOCALITY
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.counterfact import COUNTERFACT
-from modules.evaluation import Evaluation
 from modules.export import versions
+from modules.fluency import CONSISTENCY, FLUENCY
+from modules.judging import Evaluation
 from modules.metrics import PROTOCOLS
 from modules.zsre import ZSRE
 
@@ -58,10 +59,13 @@ COLUMNS = (
     ("locality/dune_agreement", "Agreement", ""),
     ("locality/dune_accuracy", "Locality accuracy", ""),
     *((name, name.removeprefix("counterfact/"), "") for name in COUNTERFACT.definitions),
+    (FLUENCY, "GE", ""),
+    (CONSISTENCY, "RS", ""),
     *((name, name.removeprefix("zsre/").capitalize(), "") for name in ZSRE.definitions),
 )
-# by appendix J of DistillMIKE the magnitudes are no measure of quality; of stereotyped answers fewer are better
-UNRANKED = ("portability/dune_stereotyped", "counterfact/EM", "counterfact/PM", "counterfact/NM")
+# by appendix J of DistillMIKE the magnitudes are no measure of quality; of stereotyped answers fewer are better; texts
+# are to stay as fluent as the unedited model's
+UNRANKED = ("portability/dune_stereotyped", "counterfact/EM", "counterfact/PM", "counterfact/NM", FLUENCY)
 # facts of a run that stand beside the metrics of the published protocols: key, title, digits
 COSTS = (("answer_seconds_per_query", "Seconds", 3), ("context_tokens", "Context", 1))
 CRITERIA = (  # a table of its own
@@ -83,6 +87,12 @@ COUNTERFACT_LEGEND = (
     "prompts, rephrases and neighbours at which the wanted target is the likelier of two, EM, PM and NM by how much, S "
     "the harmonic mean of ES, PS and NS."
 )
+FLUENCY_LEGEND = (
+    " GE: entropy of the bigrams and trigrams of greedy texts, in hundredths of bits; what repeats itself is low, the "
+    "unedited model's is what to keep."
+)
+CONSISTENCY_LEGEND = " RS: TF-IDF cosine of these texts and of reference texts about the new target."
+NO_REFERENCES = " RS was not measured: no --references (ROME's attribute_snippets.json) were given."
 ZSRE_LEGEND = (
     "Percent, means over records; pool: records edited at once. zsRE's protocol: teacher-forced token accuracy at the "
     "edits' questions, their rephrasings, and unrelated questions with their gold answers; score: the harmonic mean."
@@ -109,6 +119,7 @@ def new_report(
     command: str | None = None,
     protocols: Mapping[str, str] = PROTOCOLS,
     mode: str = "batch",
+    protocol: str = "default",
 ) -> Report:
     """A report without results.
 
@@ -118,6 +129,7 @@ def new_report(
         command: the command line; this process's own by default.
         protocols: the definition of every metric.
         mode: how the records are edited: single, batch, sequential or consecutive.
+        protocol: how answers are judged, by name; figures of two protocols cannot be compared.
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,6 +138,7 @@ def new_report(
         "records": len(records),
         "edits": sum(len(record.requests) for record in records),
         "mode": mode,
+        "protocol": protocol,
         "pool_sizes": list(pool_sizes),
         "backbone": asdict(backbone.config),
         "seed": seed,
@@ -138,7 +151,8 @@ def new_report(
 def add_evaluation(report: Report, evaluation: Evaluation) -> None:
     """Put one editor's results at one pool size into the report."""
     run = {"edit_seconds": evaluation.edit_seconds, "answer_seconds": evaluation.answer_seconds}
-    if queries := evaluation.settings.get("queries"):
+    queries = evaluation.settings.get("queries")
+    if queries and not evaluation.settings.get("fluency"):  # writing takes most of the time, and asks no query
         run["answer_seconds_per_query"] = evaluation.answer_seconds / queries
     _put(report, "aggregate", evaluation.editor, evaluation.pool_size, evaluation.aggregates)
     _put(report, "runs", evaluation.editor, evaluation.pool_size, run | evaluation.settings)
@@ -189,6 +203,8 @@ def print_table(report: Report, console: Console | None = None) -> None:
             table.add_row(editor, str(size), *(Text(text, style="bold" if best else "") for text, best in values))
         console.print(table)
     console.print(_legend(report), style="dim", highlight=False)
+    for note in contradictions(report["runs"]):
+        console.print(note, highlight=False)
     for editor, size, reason in failures(report):
         console.print(Text(f"{editor} failed with pools of {size}: {reason}", style="red"))
 
@@ -203,7 +219,26 @@ def markdown_table(report: Report) -> str:
             lines.append([editor, str(size), *(f"**{text}**" if best else text for text, best in values)])
         parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
     notes = [f"{editor} failed with pools of {size}: {reason}" for editor, size, reason in failures(report)]
-    return "\n".join([*parts, _legend(report), *notes]) + "\n"
+    return "\n".join([*parts, _legend(report), *contradictions(report["runs"]), *notes]) + "\n"
+
+
+def contradictions(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """How many cases contradict one another, and what is not asked of them, a line for each number of edits.
+
+    Args:
+        runs: settings by editor and then by the number of records edited together, as a report's.
+    """
+    found: dict[int, tuple[int, int, bool]] = {}
+    for sizes in runs.values():
+        for size, run in sizes.items():
+            if against := run.get("records_contradicted"):
+                whole = run.get("protocol") == "mquake" and not run.get("conflicts")
+                found[int(size)] = against, run["records"] + (against if whole else 0), whole
+    return [
+        f"{against} of {count} cases, {size} edited together, rest on a fact that another one's edit changes: "
+        + ("they are not asked." if whole else "their multi-hop questions are not asked.")
+        for size, (against, count, whole) in sorted(found.items())
+    ]
 
 
 def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str, int, list[tuple[str, bool]]]]:
@@ -251,7 +286,8 @@ def _legend(report: Report) -> str:
     if any("/uniedit_top_" in metric for metric in metrics):
         return UNIEDIT_LEGEND
     if COUNTERFACT.score in metrics:
-        return COUNTERFACT_LEGEND + COSTS_LEGEND
+        about_rs = CONSISTENCY_LEGEND if CONSISTENCY in metrics else NO_REFERENCES
+        return COUNTERFACT_LEGEND + COSTS_LEGEND + (FLUENCY_LEGEND + about_rs if FLUENCY in metrics else "")
     if ZSRE.score in metrics:
         return ZSRE_LEGEND + COSTS_LEGEND
     if any("/mquake_" in metric for metric in metrics):

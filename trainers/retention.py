@@ -26,6 +26,7 @@ from modules.modes import Checkpoint, consecutive, stops_of, work
 from trainers.callbacks.curves import retention
 from trainers.editors import Chosen
 from trainers.evaluation_run import bar, check
+from trainers.protocols import Judging
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def run_consecutive(
     records: Sequence[EditRecord],
     batch: int,
     checkpoints: Sequence[int] | None,
-    exact_match: bool,
+    judging: Judging,
     out: Path,
     progress: bool = True,
     data: str = "",
@@ -53,23 +54,27 @@ def run_consecutive(
 
     Args:
         batch, checkpoints: see `modules.modes.consecutive`.
+        judging: how answers are judged.
         data, seed: see `trainers.report.new_report`.
-        batch_size, max_new_tokens: see `modules.evaluation.evaluate`.
+        batch_size, max_new_tokens: see `Judging.judge`.
 
     Raises:
-        ValueError: for no editors or records, a batch or checkpoint below 1, or two editors of one name.
+        ValueError: for no editors or records, a batch or checkpoint below 1, two editors of one name, or a record that
+            the protocol cannot judge.
     """
     check([c.editor for c in editors], records, checkpoints or [1])
+    judging.check(records)
     stops = stops_of(len(records), batch, checkpoints)
     console = console or Console()
-    options: dict[str, Any] = {"exact_match": exact_match, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    judge = judging.judge(Answers(Edited(backbone)), batch_size, max_new_tokens)
     mode = "sequential" if batch == 1 else "consecutive"
-    fresh = new_report(backbone, records, stops, data, seed, mode=mode) | {"curves": {}, "finished": {}}
+    fresh = new_report(
+        backbone, records, stops, data, seed, mode=mode, protocols=judge.definitions, protocol=judge.name
+    ) | {"curves": {}, "finished": {}}
     texts = [record.to_json() for record in records]
-    told = json.dumps([texts, batch, stops, options, seed, weights_hash(backbone.model)])
+    told = json.dumps([texts, batch, stops, judge.name, judge.options(), seed, weights_hash(backbone.model)])
     fresh["meta"] |= {"batch": batch, "setup": sha256(told.encode()).hexdigest()}
     report = _continued(out, fresh, editors)
-    originals = Answers(Edited(backbone))
     left = [c for c in editors if c.editor.name not in report["finished"]]
     if len(left) < len(editors):
         console.print(f"kept from {out}: {', '.join(report['finished'])}", highlight=False, soft_wrap=True)
@@ -85,11 +90,10 @@ def run_consecutive(
                     records,
                     batch,
                     stops,
-                    seed=seed,
-                    originals=originals,
+                    judge,
+                    seed,
                     progress=lambda n: shown.advance(task, n),
                     at_checkpoint=at,
-                    **options,
                 )
             except Exception as error:  # whatever one editor does, the others' hours of work go on
                 name = chosen.editor.name

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.readers.base import OnError, load_rows, read_all
-from datamodules.readers.fields import one_hop, record_id, subject_in, text, texts
+from datamodules.readers.fields import items, one_hop, record_id, subject_in, text, texts
 from datamodules.records import EditRecord, EditRequest, Query
 
 
@@ -16,8 +16,9 @@ def read_counterfact(path: str | Path, on_error: OnError = "raise") -> Iterator[
     """Read CounterFact; a record that has `requested_rewrite` is of ROME's shape, any other of EasyEdit's.
 
     ROME: `case_id`, `requested_rewrite` {`prompt` with "{}" for the subject, `subject`, `target_new.str`,
-    `target_true.str`, `relation_id`}, `paraphrase_prompts`, `neighborhood_prompts`; optional `portability`. Attribute
-    and generation prompts are not read: they are neither rephrases nor locality.
+    `target_true.str`, `relation_id`}, `paraphrase_prompts`, `neighborhood_prompts`; optional `target_new.id`,
+    `generation_prompts`, `attribute_prompts` (the record's `target_id`, `generation`, `attribute`: they are neither
+    rephrases nor locality) and `portability`.
 
     EasyEdit: `case_id`, `prompt`, `target_new`, `subject`, `ground_truth`, `rephrase_prompt`; `locality_prompt` with
     `locality_ground_truth`. The two numberings of `case_id` are not the same.
@@ -50,6 +51,9 @@ def _rome(row: Mapping[str, Any], name: str) -> EditRecord:
         locality={"neighborhood": _queries(row, "neighborhood_prompts", true)},
         portability=one_hop(row),
         domain=next(iter(texts(rewrite, "relation_id")), None),
+        generation=texts(row, "generation_prompts"),
+        attribute=tuple(Query(prompt, (new,)) for prompt in texts(row, "attribute_prompts")),
+        target_id=next(iter(texts(rewrite["target_new"], "id")), None),
     )
 
 
@@ -71,3 +75,25 @@ def _queries(row: Mapping[str, Any], field: str, answer: str) -> tuple[Query, ..
     if field not in row:
         raise KeyError(field)
     return tuple(Query(prompt, (answer,)) for prompt in texts(row, field))
+
+
+def read_snippets(path: str | Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """ROME's attribute_snippets.json: texts about subjects that have an attribute, by (relation id, target id).
+
+    Shape: [{`relation_id`, `target_id`, `samples`: [{`text`, ...}]}]; gzipped if the name ends in `.gz`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_rows`; ValueError also for a row of another shape, which it names.
+    """
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for index, row in enumerate(load_rows(path)):
+        try:
+            key = text(row, "relation_id"), text(row, "target_id")
+            found[key] = found.get(key, ()) + tuple(text(sample, "text") for sample in items(row, "samples"))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"field {error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{path}, record {index}: {reason}; reference texts are a list of {{relation_id, target_id, samples: "
+                "[{text}]}}, as ROME publishes attribute_snippets.json"
+            ) from error
+    return found

@@ -31,9 +31,9 @@ def read_mquake(
 
     Args:
         unstructured: let each edit's `text` be AKEW's paragraph `fact_new_uns`.
-        conflicts: whether to keep the cases that another case of the file contradicts. Without them, any number of
-            cases can be edited together; with them, edit each case by itself, or leave it to `modules.protocols.mquake`
-            to pass over those that are contradicted within a pool.
+        conflicts: whether to keep the cases that another case of the file contradicts. With them, those that are
+            contradicted within a pool are not asked (protocol mquake), or not their multi-hop questions (the others),
+            and counted; without them, any number of cases can be edited together, and all are asked.
 
     Raises:
         FileNotFoundError, ValueError: see `load_rows`.

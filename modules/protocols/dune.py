@@ -4,14 +4,14 @@ Source: Akyürek et al. 2023, DUnE, and its released evaluation; the rules are i
 project's own: a base model needs to be told where the answer begins.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datamodules.readers.dune import SETS
 from datamodules.records import EditRecord, Query
-from modules.backbone import Backbone
-from modules.editor import Edited, Editor
-from modules.evaluation import Answers, Evaluation, now, rewrite, split_pools
+from modules.editor import Edited
+from modules.evaluation import Answers
+from modules.judging import Case, Judge, rewrite
 from modules.metrics import PROTOCOLS, summarise
 from modules.protocols.dune_answers import gives, reading
 from modules.protocols.text import generated
@@ -41,60 +41,37 @@ _HINTS = {
 _Asked = tuple[str, str, Query]  # portability or locality, the set, the question
 
 
-def evaluate_dune(
-    editor: Editor,
-    backbone: Backbone,
-    records: Sequence[EditRecord],
-    pool_size: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    originals: Answers | None = None,
-    progress: Callable[[int], None] | None = None,
-    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
-    max_new_tokens: int = 20,
-) -> Evaluation:
-    """Edit the records a pool at a time, each pool from the unedited backbone, and judge by DUNE's protocol.
-
-    Pools, `own_edit_only`, `originals`, `progress` and `look` are as in `modules.evaluation.evaluate`. Each record's
-    questions must be of kinds that are sets of DUNE, as `datamodules.readers.dune` reads them.
+class Dune(Judge):
+    """DUNE's protocol. Each record's questions must be of kinds that are sets of DUNE, as its reader reads them.
 
     Args:
+        originals: the unedited model's answers, kept over calls.
         max_new_tokens: length of an answer; the released code's 20 by default.
-
-    Raises:
-        ValueError: without records, with a pool size below 1, or for questions of another kind; and whatever the editor
-            raises.
     """
-    pools, dropped = split_pools(records, pool_size)
-    check_dune(records)
-    originals = originals or Answers(Edited(backbone))
-    results: list[dict[str, Any]] = []
-    edit_seconds = answer_seconds = 0.0
-    for pool in pools:
-        _ask_unedited(originals, pool, max_new_tokens, batch_size)
-        for group in [[record] for record in pool] if editor.own_edit_only else [pool]:
-            start = now(backbone)
-            with editor.edit(backbone, [request for record in group for request in record.requests]) as edited:
-                ready = now(backbone)
-                results += _judged(edited, originals, group, max_new_tokens, batch_size)
-                edit_seconds += ready - start
-                answer_seconds += now(backbone) - ready
-                if look:
-                    look(edited, group)
-            if progress:
-                progress(len(group))
-    settings = {
-        "protocol": "dune",
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "own_edit_only": editor.own_edit_only,
-        "pools": len(pools),
-        "records": len(results),
-        "records_dropped": dropped,
-        "bootstrap_seed": seed,
-    }
-    aggregates = summarise(results, seed=seed, values=dune_values)
-    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+    name = "dune"
+    definitions = DUNE_PROTOCOLS
+
+    def __init__(self, originals: Answers, batch_size: int = 32, max_new_tokens: int = 20) -> None:
+        self.originals, self.batch_size, self.max_new_tokens = originals, batch_size, max_new_tokens
+
+    def check(self, records: Iterable[EditRecord]) -> None:
+        check_dune(records)
+
+    def ask_unedited(self, cases: Sequence[Case]) -> None:
+        _ask_unedited(self.originals, [case.record for case in cases], self.max_new_tokens, self.batch_size)
+
+    def ask(self, edited: Edited, cases: Sequence[Case]) -> list[Any]:
+        return _judged(edited, self.originals, [c.record for c in cases], self.max_new_tokens, self.batch_size)
+
+    def values(self, post: Mapping[str, Any]) -> dict[str, float]:
+        return dune_values(post)
+
+    def summary(self, results: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+        return summarise(results, seed, values=dune_values)
+
+    def options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
 
 
 def check_dune(records: Iterable[EditRecord]) -> None:

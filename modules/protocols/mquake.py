@@ -4,15 +4,15 @@ Source: Zhong et al. 2023, arXiv 2305.14795, section 3.3, and the evaluation not
 asked by their own cloze without demonstrations, unedited facts and multi-hop questions after demonstrations.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from datamodules.readers.mquake import HOP, conflicting
 from datamodules.records import EditRecord, Query
-from modules.backbone import Backbone
-from modules.editor import Edited, Editor
-from modules.evaluation import Answers, Evaluation, now, rewrite, split_pools
+from modules.editor import Edited
+from modules.evaluation import Answers
+from modules.judging import Case, Judge, rewrite
 from modules.metrics import PROTOCOLS, exact_match, summarise
 from modules.protocols.few_shot import FewShot
 from modules.protocols.text import first_line, generated
@@ -39,74 +39,55 @@ MQUAKE_PROTOCOLS: dict[str, str] = {
 _DEFAULT = FewShot()
 
 
-def evaluate_mquake(
-    editor: Editor,
-    backbone: Backbone,
-    records: Sequence[EditRecord],
-    pool_size: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    originals: Answers | None = None,
-    progress: Callable[[int], None] | None = None,
-    look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
-    few_shot: FewShot = _DEFAULT,
-    max_new_tokens: int | None = None,
-    conflicts: bool = False,
-) -> Evaluation:
-    """Edit the cases a pool at a time, each pool from the unedited backbone, and judge by MQuAKE's protocol.
+class MQuAKE(Judge):
+    """MQuAKE's protocol. The unedited model is not asked, since nothing is measured against it.
 
-    Pools, `own_edit_only`, `progress` and `look` are as in `modules.evaluation.evaluate`. All edits of a pool are made,
-    but a case that rests on a hop which another case of its pool edits to something else is not asked (see
-    `datamodules.readers.mquake.conflicting`): it has no right answer. Pools of 1 ask every case.
+    All edits of a pool are made, but a case that rests on a hop which another case of its pool edits to something else
+    is not asked (see `datamodules.readers.mquake.conflicting`): it has no right answer. Pools of 1 ask every case.
 
     Args:
-        originals: not asked, since nothing here is measured against the unedited model; evaluate that by itself.
         few_shot: the demonstrations; see `datamodules.readers.mquake.read_few_shot`.
         max_new_tokens: length of an answer; by default 16, and 128 after a chain of thought.
         conflicts: ask the contradicted cases too.
-
-    Raises:
-        ValueError: without records, with a pool size below 1, for records without multi-hop questions, or where every
-            case is contradicted; and whatever the editor raises.
     """
-    pools, dropped = split_pools(records, pool_size)
-    check_mquake(records)
-    left_out = [[False] * len(pool) if conflicts else conflicting(pool) for pool in pools]
-    if all(out for of_pool in left_out for out in of_pool):
-        raise ValueError(
-            "every case is contradicted by another one of its pool; take smaller pools, or conflicts: true"
-        )
-    results: list[dict[str, Any]] = []
-    edit_seconds = answer_seconds = 0.0
-    for pool, of_pool in zip(pools, left_out, strict=True):
-        cases = list(zip(pool, of_pool, strict=True))
-        for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
-            if asked := [record for record, out in group if not out]:
-                start = now(backbone)
-                with editor.edit(backbone, [request for record, _ in group for request in record.requests]) as edited:
-                    ready = now(backbone)
-                    results += _judged(edited, asked, few_shot, max_new_tokens, batch_size)
-                    edit_seconds += ready - start
-                    answer_seconds += now(backbone) - ready
-                    if look:
-                        look(edited, asked)
-            if progress:
-                progress(len(group))
-    settings = {
-        "protocol": "mquake",
-        "demonstrations": "own" if few_shot.multi_hop == _DEFAULT.multi_hop else "given",
-        "demonstrations_by_relation": len(few_shot.relations),
-        "chain_of_thought": few_shot.thinks,
-        "batch_size": batch_size,
-        "own_edit_only": editor.own_edit_only,
-        "pools": len(pools),
-        "records": len(results),
-        "records_dropped": dropped,
-        "records_contradicted": sum(map(sum, left_out)),
-        "bootstrap_seed": seed,
-    }
-    aggregates = summarise(results, seed=seed, values=mquake_values)
-    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+    name = "mquake"
+    definitions = MQUAKE_PROTOCOLS
+
+    def __init__(
+        self,
+        few_shot: FewShot = _DEFAULT,
+        batch_size: int = 32,
+        max_new_tokens: int | None = None,
+        conflicts: bool = False,
+    ) -> None:
+        self.few_shot, self.batch_size, self.max_new_tokens = few_shot, batch_size, max_new_tokens
+        self.conflicts = conflicts
+
+    def check(self, records: Iterable[EditRecord]) -> None:
+        check_mquake(records)
+
+    def cases(self, records: Sequence[EditRecord]) -> list[Case]:
+        against = conflicting(records)
+        return [Case(r, 0, out, self.conflicts or not out) for r, out in zip(records, against, strict=True)]
+
+    def ask(self, edited: Edited, cases: Sequence[Case]) -> list[Any]:
+        return _judged(edited, [c.record for c in cases], self.few_shot, self.max_new_tokens, self.batch_size)
+
+    def values(self, post: Mapping[str, Any]) -> dict[str, float]:
+        return mquake_values(post)
+
+    def summary(self, results: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+        return summarise(results, seed, values=mquake_values)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "demonstrations": "own" if self.few_shot.multi_hop == _DEFAULT.multi_hop else "given",
+            "demonstrations_by_relation": len(self.few_shot.relations),
+            "chain_of_thought": self.few_shot.thinks,
+            "conflicts": self.conflicts,
+            "batch_size": self.batch_size,
+        }
 
 
 def check_mquake(records: Iterable[EditRecord]) -> None:

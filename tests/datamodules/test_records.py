@@ -48,6 +48,9 @@ def test_json_and_back(records: list[EditRecord]) -> None:
         locality={"near": (Query("l", ("m",), conditions=(Query("n", ("o", "p")),)),)},
         multi_hop=(Query("q", ("x", "y")),),
         domain="d",
+        generation=("a likes", "a likes"),
+        attribute=(Query("r", ("b",)),),
+        target_id="Q2",
     )
     for record in (*records, full):
         assert EditRecord.from_json(record.to_json()) == record
@@ -56,7 +59,8 @@ def test_json_and_back(records: list[EditRecord]) -> None:
 
 def test_fields_that_few_sources_have_are_written_only_where_they_are(records: list[EditRecord]) -> None:
     plain, hops = records[0].to_json(), EditRecord("h", (EditRequest("a", "b", fact=("Q1", "Q2")),)).to_json()
-    assert not any(f'"{name}"' in plain for name in ("hops", "criteria", "conditions", "fact"))
+    rare = ("hops", "criteria", "conditions", "fact", "generation", "attribute", "target_id")
+    assert not any(f'"{name}"' in plain for name in rare)
     assert '"fact": ["Q1", "Q2"]' in hops
     assert EditRequest("a", "b", fact=["Q1", "Q2"]) == EditRequest("a", "b", fact=("Q1", "Q2"))  # type: ignore[arg-type]
 

@@ -12,9 +12,11 @@ import torch
 
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.backbone import Backbone
-from modules.counterfact import COUNTERFACT, COUNTERFACT_PROTOCOLS
+from modules.byte_tokenizer import byte_tokenizer
+from modules.counterfact import COUNTERFACT, COUNTERFACT_PROTOCOLS, CounterFact
 from modules.editor import Edited, Editor, TargetScore
-from modules.published import evaluate_published
+from modules.fluency import References
+from modules.judging import evaluate_pools
 from modules.training_free.icl import InContext, RightEdit, Unedited
 
 BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
@@ -77,7 +79,7 @@ def figures(evaluation: Any) -> dict[str, float]:
 
 
 def test_every_figure_of_a_written_down_answer() -> None:
-    evaluation = evaluate_published(COUNTERFACT, Writes((LYON, LYON_SAYS)), BACKBONE, [LYON], 1)
+    evaluation = evaluate_pools(COUNTERFACT, Writes((LYON, LYON_SAYS)), BACKBONE, [LYON], 1)
     assert figures(evaluation) == pytest.approx(
         {
             "ES": 1.0,
@@ -109,7 +111,7 @@ def test_means_are_over_records_and_the_score_is_of_them() -> None:
     # fails at its own prompt, succeeds at its one paraphrase and its one neighbour
     says = {"Oslo is in": ((0.1,), (0.2,)), "Oslo lies in": ((0.2,), (0.1,)), "Bergen is in": ((0.1,), (0.2,))}
     editor = Writes((LYON, LYON_SAYS), (oslo, says))
-    evaluation = evaluate_published(COUNTERFACT, editor, BACKBONE, [LYON, oslo], 2)
+    evaluation = evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, oslo], 2)
     found = figures(evaluation)
     assert (found["ES"], found["PS"], found["NS"]) == (0.5, 0.75, 0.75)  # records weigh alike, not prompts
     assert found["S"] == pytest.approx(9 / 14)  # 3 / (2 + 4/3 + 4/3); of record lyon .6, of record oslo 0
@@ -125,10 +127,59 @@ def test_a_neighbour_that_is_edited_too_is_asked_as_published() -> None:
         rephrases=(Query(PARAPHRASES[0], ("Chad",)),),
     )
     editor = Writes((LYON, LYON_SAYS), (metz, LYON_SAYS | {"Metz is in": ((0.9,), (0.2,))}))
-    evaluation = evaluate_published(COUNTERFACT, editor, BACKBONE, [LYON, metz], 2)
+    evaluation = evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, metz], 2)
     assert [len(r["post"]["neighborhood_prompts_probs"]) for r in evaluation.records] == [2, 2]
     assert len(editor.model.asked) == len(set(editor.model.asked))  # each pair once
     assert evaluation.settings["queries"] == 5  # prompts, the two records' together
+
+
+class Author(Scripted):
+    """Also writes what is written down."""
+
+    def __init__(self, says: Any, texts: Mapping[str, str]) -> None:
+        super().__init__(says)
+        self.texts = texts
+        self.backbone = cast(Backbone, SimpleNamespace(device=BACKBONE.device, tokenizer=byte_tokenizer()))
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+        return [self.texts[prompt] for prompt in prompts]
+
+
+def test_what_it_writes_is_measured_on_request() -> None:
+    record = replace(LYON, generation=("a b", "a b", "x"), domain="P17", target_id="Q17")
+    other = replace(record, id="other", target_id="Q1")
+    editor = Writes((LYON, LYON_SAYS))
+    editor.model = Author(editor.says, {"a b": "a b a", "x": "yen z"})
+    references = References({("P17", "Q17"): ("sushi yen", "yen"), ("P17", "Q0"): ("peso",)})
+    evaluation = evaluate_pools(CounterFact(fluency=True, references=references), editor, BACKBONE, [record, other], 2)
+    # "a b a b a": 1 bit of bigrams; trigrams aba 2/3, bab 1/3; "x yen z": 1 bit of bigrams, 0 of trigrams
+    trigrams = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
+    twice, once = 1 / 3 * 1 + 2 / 3 * trigrams, 1 / 3 * 1
+    found = evaluation.aggregates
+    assert found["fluency/ngram_entropy"]["value"] == pytest.approx((2 * twice + once) / 3)
+    assert found["fluency/ngram_entropy"]["records"] == 2
+    # references: sushi once, yen twice; idf = ln((1 + 3) / (1 + df)) + 1; of the texts only yen is known
+    sushi, yen = math.log(4 / 2) + 1, math.log(4 / 3) + 1
+    assert found["consistency/tfidf_cosine"]["value"] == pytest.approx(2 * yen / math.hypot(sushi, 2 * yen))
+    assert found["consistency/tfidf_cosine"]["records"] == 1  # the other one's target has no texts
+    assert figures(evaluation)["ES"] == 1.0
+    posts = [result["post"] for result in evaluation.records]
+    assert posts[0]["text"] == ["a b a b a", "a b a b a", "x yen z"]
+    assert ["reference_score" in post for post in posts] == [True, False]
+    settings = evaluation.settings
+    assert (settings["fluency"], settings["reference_texts"], settings["records_without_references"]) == (True, 3, 1)
+    alone = evaluate_pools(CounterFact(fluency=True), editor, BACKBONE, [record], 1)
+    assert "consistency/tfidf_cosine" not in {*alone.aggregates, *CounterFact(fluency=True).definitions}
+    plain = evaluate_pools(COUNTERFACT, editor, BACKBONE, [record], 1)
+    assert not any("fluency" in name for name in (*plain.aggregates, *COUNTERFACT.definitions))
+
+
+def test_fluency_needs_prompts_and_texts_about_some_target() -> None:
+    with pytest.raises(ValueError, match="record 'lyon' has no generation prompts, which --fluency needs"):
+        CounterFact(fluency=True).check([LYON])
+    record = replace(LYON, generation=("a",), domain="P17", target_id="Q17")
+    with pytest.raises(ValueError, match="--references: the file has no text about the new attribute"):
+        CounterFact(fluency=True, references=References({("P17", "Q1"): ("x",)})).check([record])
 
 
 @pytest.mark.parametrize(
@@ -146,21 +197,21 @@ def test_a_neighbour_that_is_edited_too_is_asked_as_published() -> None:
 def test_a_record_that_lacks_something_is_named_before_any_work(change: dict[str, Any], message: str) -> None:
     editor = Writes((LYON, LYON_SAYS))
     with pytest.raises(ValueError, match=f"--protocol counterfact: record 'bad' .*{message}"):
-        evaluate_published(COUNTERFACT, editor, BACKBONE, [LYON, replace(LYON, id="bad", **change)], 2)
+        evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, replace(LYON, id="bad", **change)], 2)
     assert not editor.pools
 
 
 def test_a_model_that_its_edits_have_broken_is_not_measured() -> None:
     editor = Writes((LYON, LYON_SAYS | {"Nice is in": ((0.2,), (0.3, math.nan))}))
     with pytest.raises(ValueError, match=r"'France' after 'Nice is in' log-probabilities of .*nan"):
-        evaluate_published(COUNTERFACT, editor, BACKBONE, [LYON], 1)
+        evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON], 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_probability_is_that_of_the_whole_target_after_the_prompt(tiny: Callable[..., Backbone], kind: str) -> None:
     backbone = tiny(kind)
     record = replace(LYON, rephrases=(Query("Lyon lies in ", ("Japan",)),))  # its space is not doubled
-    evaluation = evaluate_published(COUNTERFACT, Unedited(), backbone, [record], 1, batch_size=3)
+    evaluation = evaluate_pools(CounterFact(3), Unedited(), backbone, [record], 1)
 
     def nll(prompt: str, target: str) -> float:
         ids = backbone.tokenizer(f"{prompt.rstrip()} {target}", return_tensors="pt")["input_ids"]
@@ -179,7 +230,7 @@ def test_a_probability_is_that_of_the_whole_target_after_the_prompt(tiny: Callab
 def test_what_stands_before_a_query_is_counted(tiny: Callable[..., Backbone]) -> None:
     backbone, told = tiny(), "Lyon is in Japan.\n"
     settings = [
-        evaluate_published(COUNTERFACT, editor, backbone, [LYON], 1).settings
+        evaluate_pools(COUNTERFACT, editor, backbone, [LYON], 1).settings
         for editor in (Unedited(), InContext(), RightEdit())
     ]
     assert [s["context_tokens"] for s in settings] == [0, len(told), len(told)]  # a token a byte

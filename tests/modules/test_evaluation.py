@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
+from datamodules.readers.mquake import HOP
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited, Editor, TargetScore
-from modules.evaluation import Answers, evaluate, evaluate_pool, split_pools, without_collisions
+from modules.evaluation import Answers, evaluate, evaluate_pool, fewer_queries, split_pools, without_collisions
 from modules.training_free.icl import InContext, RightEdit, Unedited
 
 BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
@@ -206,6 +208,43 @@ def test_record_of_several_edits() -> None:
     assert editor.pools == [["a is", "c is"]]
     assert [rewrite["target_new"] for rewrite in result["requested_rewrite"]] == ["b", "d"]
     assert result["post"]["rewrite_acc"] == [1.0, 1.0]
+
+
+def chain(name: str, edit: tuple[str, str], *hops: tuple[str, str]) -> EditRecord:
+    """A case of MQuAKE: one edit, asked by its question too, and the chain of its multi-hop question."""
+    return EditRecord(
+        name,
+        (EditRequest(f"{name} is in", edit[1]),),
+        rephrases=(query(*edit),),
+        portability={HOP: tuple(query(*hop) for hop in (edit, *hops))},
+        multi_hop=(query(f"Who rules the land of {name}?", hops[-1][1]),),
+    )
+
+
+CASES = [
+    chain("Cy", ("Where is Cy?", "Chad"), ("Who rules Chad?", "Ada")),
+    chain("Chad", ("Who rules Chad?", "Bob"), ("Where was Bob born?", "Oslo")),  # another ruler than cy's chain has
+]
+
+
+def test_multi_hop_questions_of_contradicted_cases_are_not_asked() -> None:
+    kept, left_out = without_collisions(CASES)
+    assert [record.multi_hop for record in kept] == [(), CASES[1].multi_hop]
+    assert left_out == [1, 0]
+    together = evaluate(Taught(), BACKBONE, CASES, 2, originals=Answers(Scripted({})))
+    assert together.settings["records_contradicted"] == 1
+    assert together.aggregates["multi_hop/token_accuracy_max"]["records"] == 1
+    assert together.aggregates["reliability/token_accuracy"]["records"] == 2  # of their own edits all are asked
+    apart = evaluate(Taught(), BACKBONE, CASES, 1, originals=Answers(Scripted({})))
+    assert apart.settings["records_contradicted"] == 0
+    assert apart.aggregates["multi_hop/token_accuracy_max"]["records"] == 2
+
+
+def test_fewer_queries_hide_no_contradiction() -> None:
+    fewer = [fewer_queries(record, 1, 0) for record in CASES]
+    assert fewer == CASES
+    plain = [replace(record, multi_hop=()) for record in CASES]
+    assert [len(fewer_queries(record, 1, 0).portability[HOP]) for record in plain] == [1, 1]
 
 
 def test_collisions() -> None:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from datamodules.records import EditRecord, EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.fluency import FLUENCY_PROTOCOLS, consistency, fluency, ngram_entropy, tfidf, words, written
+from modules.fluency import FLUENCY_PROTOCOLS, References, consistency, fluency, ngram_entropy, tfidf, words, written
 
 
 def test_words() -> None:
@@ -64,6 +66,27 @@ def test_what_a_model_writes(tiny: Callable[..., Backbone]) -> None:
     assert set(first.values) == set(FLUENCY_PROTOCOLS)
     assert second.values == {"fluency/ngram_entropy": second.fluency}
     assert written(edited, prompts, max_tokens=48)[0].consistency is None
+
+
+def test_a_repeated_prompt_is_written_once_and_weighs_twice(tiny: Callable[..., Backbone]) -> None:
+    edited, asked = Edited(tiny()), []
+    real = edited.generate
+    edited.generate = lambda prompts, **how: asked.extend(prompts) or real(prompts, **how)  # type: ignore[method-assign]
+    prompts = ["City A is", "City A was", "City A is"]
+    one, other = written(edited, [prompts, prompts[1:2]], max_tokens=40)
+    assert sorted(asked) == ["City A is", "City A was"]
+    assert (one.texts[0], one.texts[1]) == (one.texts[2], other.texts[0])
+    twice, once = fluency(one.texts[0]), fluency(one.texts[1])
+    assert one.fluency == pytest.approx((2 * twice + once) / 3)
+
+
+def test_references_are_told_by_relation_and_target() -> None:
+    texts = {("P1", "Q1"): ("football sport", "plays sport"), ("P1", "Q2"): ("pitcher",)}
+    references = References(texts)
+    record = EditRecord("a", (EditRequest("x", "y"),), domain="P1", target_id="Q1")
+    assert references.of(record) == texts["P1", "Q1"]
+    assert references.of(replace(record, target_id="Q9")) == references.of(replace(record, domain=None)) == ()
+    assert set(references.vectorizer.vocabulary_) == {"football", "sport", "plays", "pitcher"}
 
 
 def test_what_cannot_be_written_is_refused(tiny: Callable[..., Backbone]) -> None:

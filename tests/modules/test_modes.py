@@ -12,7 +12,7 @@ from deltas import Nudge
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor, TargetScore
-from modules.evaluation import Answers, evaluate
+from modules.evaluation import Answers, TokenAccuracy, evaluate
 from modules.fingerprint import weights_hash, weights_sum
 from modules.interventions import merge
 from modules.modes import consecutive, norms, stops_of, work
@@ -85,7 +85,7 @@ def test_sequential_editing_is_evaluated_over_all_edits_so_far() -> None:
         BACKBONE,
         made(8),
         checkpoints=[1, 2, 4],
-        originals=Answers(Scripted({})),
+        judge=TokenAccuracy(Answers(Scripted({}))),
         progress=told.append,
         at_checkpoint=seen.append,
     )
@@ -108,7 +108,7 @@ def test_sequential_editing_is_evaluated_over_all_edits_so_far() -> None:
 
 def test_consecutive_batches() -> None:
     editor = Forgetful(memory=4)
-    found = consecutive(editor, BACKBONE, made(8), 3, [1, 4], originals=Answers(Scripted({})))
+    found = consecutive(editor, BACKBONE, made(8), 3, [1, 4], judge=TokenAccuracy(Answers(Scripted({}))))
     assert editor.batches == [3, 3, 2]
     assert [c.evaluation.pool_size for c in found] == [3, 6, 8]  # at the ends of their batches
     assert values(found, "reliability/token_accuracy") == [1, 4 / 6, 4 / 8]
@@ -117,7 +117,7 @@ def test_consecutive_batches() -> None:
 
 
 def test_batch_of_all_is_the_evaluation_of_one_pool() -> None:
-    (last,) = consecutive(Forgetful(), BACKBONE, made(5), 5, [5], originals=Answers(Scripted({})))
+    (last,) = consecutive(Forgetful(), BACKBONE, made(5), 5, [5], judge=TokenAccuracy(Answers(Scripted({}))))
     pool = evaluate(Forgetful(), BACKBONE, made(5), 5, originals=Answers(Scripted({})))
     assert last.evaluation.records == pool.records
     assert last.evaluation.aggregates == pool.aggregates
@@ -127,7 +127,9 @@ def test_every_checkpoint_asks_the_same_of_a_record() -> None:
     about_last = Query("Is Lima near Lyon?", ("no",))
     first = EditRecord("a", (EditRequest("Lyon is in", "Peru", "Lyon"),), locality={"near": (about_last,)})
     last = EditRecord("b", (EditRequest("Lima is in", "Chad", "Lima"),))
-    found = consecutive(Forgetful(), BACKBONE, [first, last], checkpoints=[1], originals=Answers(Scripted({})))
+    found = consecutive(
+        Forgetful(), BACKBONE, [first, last], checkpoints=[1], judge=TokenAccuracy(Answers(Scripted({})))
+    )
     assert [c.evaluation.records[0]["left_out"] for c in found] == [1, 1]
     assert all("locality/token_agreement" not in c.evaluation.aggregates for c in found)
     assert found[-1].evaluation.settings["queries_left_out"] == 1
@@ -157,7 +159,7 @@ def test_what_cannot_edit_further_says_so_and_leaves_nothing_open() -> None:
 
     editor = Once()
     with pytest.raises(NotImplementedError, match="Scripted cannot take further edits"):
-        consecutive(editor, BACKBONE, made(2), originals=Answers(Scripted({})))
+        consecutive(editor, BACKBONE, made(2), judge=TokenAccuracy(Answers(Scripted({}))))
     assert editor.open == 0
     with pytest.raises(ValueError, match="icl_right_edit has only each record's own edit"):
         consecutive(RightEdit(), BACKBONE, made(2))

@@ -16,8 +16,10 @@ from modules.editor import Edited, Editor, TargetScore
 from modules.evaluation import Answers
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistModel
+from modules.judging import evaluate_pools
+from modules.modes import consecutive
 from modules.training_free.icl import InContext, RightEdit, Unedited
-from modules.uniedit import UNIEDIT_PROTOCOLS, evaluate_uniedit, kept, within, without_known_facts
+from modules.uniedit import UNIEDIT_PROTOCOLS, UniEdit, kept, within, without_known_facts
 
 TOKENIZER = SimpleNamespace(decode=lambda ids: chr(ids[0]))
 BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu"), tokenizer=TOKENIZER))
@@ -100,7 +102,7 @@ ORIGINAL = {"Rome is in": ("Italy",)}
 
 
 def run(editor: Editor, records: Sequence[EditRecord] = (RECORD,), size: int = 1, **more: Any) -> Any:
-    return evaluate_uniedit(editor, BACKBONE, records, size, originals=Answers(Scripted(ORIGINAL)), **more)
+    return evaluate_pools(UniEdit(Answers(Scripted(ORIGINAL))), editor, BACKBONE, records, size, **more)
 
 
 def figures(evaluation: Any) -> dict[str, float]:
@@ -233,15 +235,35 @@ def test_real_editors_on_generated_facts(tiny_gists: Callable[..., GistModel], m
     model = tiny_gists(backbone={"max_position_embeddings": 4096})
     backbone = model.backbone
     before = {n: p.clone() for n, p in backbone.model.named_parameters()}
-    found = {e.name: evaluate_uniedit(e, backbone, records, 3) for e in (Unedited(), InContext(), GistEditor(model))}
+    judge = UniEdit(Answers(Edited(backbone)))
+    editors = (Unedited(), InContext(), GistEditor(model))
+    found = {e.name: evaluate_pools(judge, e, backbone, records, 3) for e in editors}
     assert {name: e.settings["hops_made"] for name, e in found.items()} == dict.fromkeys(found, "further")
     assert list(found) == ["unedited", "icl", "incomes"]
     assert all(torch.equal(p, before[n]) for n, p in backbone.model.named_parameters())
     assert figures(found["unedited"])["locality/uniedit_top_5"] == 1.0
-    one, two = found["unedited"], evaluate_uniedit(RightEdit(), backbone, records, 3)
+    one, two = found["unedited"], evaluate_pools(judge, RightEdit(), backbone, records, 3)
     assert len(one.records) == len(two.records) == 6
     # an editor that can take no further edits gives the same, all made in one call
     monkeypatch.setattr("modules.gist.editor.GistEdited.edit", Edited.edit)
-    together = evaluate_uniedit(GistEditor(model), backbone, records, 3)
+    together = evaluate_pools(judge, GistEditor(model), backbone, records, 3)
     assert together.settings["hops_made"] == "together"
-    assert together.records == found["incomes"].records
+    assert [r["post"] for r in together.records] == [r["post"] for r in found["incomes"].records]
+
+
+def test_editing_one_after_another_takes_hops_back() -> None:
+    other = replace(RECORD, id="oslo", requests=(EditRequest("Oslo is in", "Peru", fact=("Oslo", "Peru")),))
+    editor, judge = Taught(RULES), UniEdit(Answers(Scripted(ORIGINAL)))
+    found = consecutive(editor, BACKBONE, [RECORD, other], 1, [1], judge)
+    first = run(Taught(RULES))
+    assert found[0].evaluation.records == first.records
+    assert found[1].evaluation.settings["hops_made"] == "further"
+    own = [JAPAN.prompt, "Oslo is in"]
+    # the first edit; its hop; the second edit on the first, without that hop; both records' hop
+    assert editor.made == [(own[0],), (own[0], TOKYO.prompt), tuple(own), (*own, TOKYO.prompt)]
+
+
+def test_hops_that_cannot_be_taken_back_are_refused_where_edits_stay() -> None:
+    judge = UniEdit(Answers(Scripted(ORIGINAL)))
+    with pytest.raises(NotImplementedError, match=r"taught cannot edit on top of edits.*--mode single or batch"):
+        consecutive(Taught(RULES, further=False), BACKBONE, [RECORD], 1, [1], judge)

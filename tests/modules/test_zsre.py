@@ -12,7 +12,7 @@ import torch
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor, TargetScore
-from modules.published import evaluate_published
+from modules.judging import evaluate_pools
 from modules.training_free.icl import Unedited
 from modules.zsre import ZSRE, ZSRE_PROTOCOLS
 
@@ -57,7 +57,7 @@ class Speaker(Edited):
 
 
 def test_every_figure_of_a_written_down_answer() -> None:
-    evaluation = evaluate_published(ZSRE, Says(), BACKBONE, [RECORD], 1)
+    evaluation = evaluate_pools(ZSRE, Says(), BACKBONE, [RECORD], 1)
     found = {name: cell["value"] for name, cell in evaluation.aggregates.items()}
     efficacy, paraphrase, specificity = 3 / 4, (4 + 1) / 8, (5 + 1) / 8  # tokens of all prompts of a sort alike
     assert found == pytest.approx(
@@ -90,7 +90,7 @@ def test_a_question_mark_that_is_there_is_not_doubled() -> None:
 def test_a_record_that_lacks_something_is_named_before_any_work(change: dict[str, Any], message: str) -> None:
     editor = Says()
     with pytest.raises(ValueError, match=f"--protocol zsre: record 'bad' .*{message}"):
-        evaluate_published(ZSRE, editor, BACKBONE, [RECORD, replace(RECORD, id="bad", **change)], 2)
+        evaluate_pools(ZSRE, editor, BACKBONE, [RECORD, replace(RECORD, id="bad", **change)], 2)
     assert not editor.edits
 
 
@@ -101,7 +101,7 @@ def test_one_pass_equals_asking_for_one_token_after_another(tiny: Callable[..., 
     said = Edited(backbone).generate([RECORD.request.prompt + " a"], max_new_tokens=6)[0]
     target = "a" + "".join(c if c.isascii() and c.isprintable() else "b" for c in said) + "z"
     record = replace(RECORD, requests=(replace(RECORD.request, target=target),))
-    (result,) = evaluate_published(ZSRE, Unedited(), backbone, [record], 1).records
+    (result,) = evaluate_pools(ZSRE, Unedited(), backbone, [record], 1).records
 
     def memit(prompt: str, target: str) -> list[bool]:
         hits = []

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from modules.counterfact import COUNTERFACT_PROTOCOLS
+from modules.fluency import FLUENCY_PROTOCOLS
 from modules.zsre import ZSRE_PROTOCOLS
 from trainers.command import run
 from trainers.evaluate import evaluate
@@ -112,8 +113,61 @@ def test_a_record_without_what_is_needed_is_named_before_a_model_is_loaded(tmp_p
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.parametrize("protocol", ["counterfact", "zsre"])
-def test_consecutive_modes_are_refused(tmp_path: Path, protocol: str) -> None:
-    rows = [mend("Lyon")] if protocol == "zsre" else [rome("Lyon")]
-    with pytest.raises(SystemExit, match=f"--protocol {protocol} is of --mode single and batch"):
-        call(tmp_path, protocol, rows, "--mode=sequential")
+@pytest.mark.parametrize(("protocol", "made"), [("counterfact", rome), ("zsre", mend)])
+def test_consecutive_batches_are_judged_as_one_pool_of_all_so_far(tmp_path: Path, protocol: str, made: Any) -> None:
+    rows = [made(name) for name in ("Lyon", "Oslo", "Bonn")]
+    mode = ["--mode=consecutive", "--batch=2", "--baselines=[icl]"]
+    after = call(tmp_path, protocol, rows, *mode)
+    assert (after["meta"]["protocol"], after["meta"]["mode"]) == (protocol, "consecutive")
+    assert list(after["aggregate"]["icl"]) == ["2", "3"]
+    runs = after["runs"]["icl"]
+    assert runs["3"]["context_tokens"] > runs["2"]["context_tokens"] > 0
+    assert (runs["3"]["protocol"], runs["3"]["queries"] > runs["2"]["queries"]) == (protocol, True)
+    first = {point["edits"]: point["first"] for point in after["curves"]["icl"]}
+    assert first[2] == {name: cell["value"] for name, cell in after["aggregate"]["icl"]["2"].items()}
+    at_once = call(tmp_path, protocol, rows, "--pool_sizes=[3]", "--baselines=[icl]")
+    assert after["aggregate"]["icl"]["3"] == at_once["aggregate"]["icl"]["3"]
+    assert after["records"]["icl"]["3"] == at_once["records"]["icl"]["3"]
+
+
+WRITES = {"generation_prompts": ["It is", "It is", "One of"]}
+
+
+def test_fluency_and_consistency_beside_the_unedited_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [rome(name, **WRITES) for name in ("Lyon", "Oslo")]
+    for row in rows:
+        row["requested_rewrite"] |= {"relation_id": "P17", "target_new": {"str": "Peru", "id": "Q419"}}
+    texts = tmp_path / "snippets.json"
+    samples = [{"name": "Lima", "text": "Lima is a city in Peru"}]
+    texts.write_text(json.dumps([{"relation_id": "P17", "target_id": "Q419", "samples": samples}]))
+    mode = ["--mode=consecutive", "--batch=1", "--baselines=[unedited,icl]", "--fluency=true"]
+    report = call(tmp_path, "counterfact", rows, *mode, f"--references={texts}")
+    for editor in ("unedited", "icl"):
+        for stop in ("1", "2"):
+            cell = report["aggregate"][editor][stop]
+            assert set(cell) == {*COUNTERFACT_PROTOCOLS, *FLUENCY_PROTOCOLS}
+            assert cell["fluency/ngram_entropy"]["value"] > 0
+            assert cell["fluency/ngram_entropy"]["ci"][0] <= cell["fluency/ngram_entropy"]["value"]
+    assert set(report["meta"]["protocols"]) == {*COUNTERFACT_PROTOCOLS, *FLUENCY_PROTOCOLS}
+    assert "answer_seconds_per_query" not in report["runs"]["icl"]["2"]
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "NS NM GE RS" in screen
+    assert "RS: TF-IDF cosine" in screen
+    call(tmp_path, "counterfact", rows[:1], "--mode=single", "--baselines=[unedited]", "--fluency=true")
+    assert "RS was not measured: no --references" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more", "message"),
+    [
+        ("zsre", ["--fluency=true"], "--fluency is of --protocol counterfact; the protocol is zsre"),
+        ("counterfact", ["--references=x.json"], "--references are for the consistency"),
+        ("counterfact", ["--fluency=true"], "record 'Lyon' has no generation prompts"),
+        ("counterfact", ["--fluency=true", "--references=x.json"], "--references: no data file x.json"),
+    ],
+)
+def test_fluency_that_cannot_be_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, protocol: str, more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        call(tmp_path, protocol, [rome("Lyon")], "--backbone.source=/nowhere/at/all", *more)

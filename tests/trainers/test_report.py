@@ -15,9 +15,10 @@ from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited, Editor
 from modules.metrics import PROTOCOLS
 from modules.training_free.icl import InContext, RightEdit, Unedited
-from trainers import protocols
+from trainers import evaluation_run
 from trainers.evaluation_run import run_evaluation
-from trainers.report import Report, failures, markdown_table, print_table, write_json
+from trainers.protocols import Judging
+from trainers.report import Report, contradictions, failures, markdown_table, print_table, write_json
 
 SHAPE = {
     "hidden_size": 32,
@@ -61,7 +62,15 @@ def run(backbone: Backbone, out: Path, editors: Sequence[Editor], exact_match: b
     screen = StringIO()
     console = Console(file=screen, width=100)
     report = run_evaluation(
-        editors, backbone, RECORDS, [2, 4], exact_match, out, data="four cities", seed=3, console=console
+        editors,
+        backbone,
+        RECORDS,
+        [2, 4],
+        Judging(exact_match=exact_match),
+        out,
+        data="four cities",
+        seed=3,
+        console=console,
     )
     return report, screen.getvalue()
 
@@ -79,6 +88,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "records",
         "edits",
         "mode",
+        "protocol",
         "pool_sizes",
         "backbone",
         "seed",
@@ -109,6 +119,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "answer_seconds",
         "answer_seconds_per_query",
         "context_tokens",
+        "protocol",
         "exact_match",
         "batch_size",
         "max_new_tokens",
@@ -118,6 +129,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "records_dropped",
         "queries",
         "queries_left_out",
+        "records_contradicted",
         "bootstrap_seed",
     }
     run_facts = report["runs"]["icl"]["4"]
@@ -143,14 +155,14 @@ def test_failing_editor_is_marked_and_the_run_goes_on(backbone: Backbone, tmp_pa
 
 
 def test_a_stopped_run_keeps_what_it_has(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real = tmp_path / "results.json", protocols.evaluate
+    out, real = tmp_path / "results.json", evaluation_run.evaluate_pools
 
-    def stopped(editor: Editor, *args: object, **kwargs: object) -> object:
+    def stopped(judge: object, editor: Editor, *args: object, **kwargs: object) -> object:
         if editor.name == "icl":
             raise KeyboardInterrupt
-        return real(editor, *args, **kwargs)  # type: ignore[arg-type]
+        return real(judge, editor, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(protocols, "evaluate", stopped)
+    monkeypatch.setattr(evaluation_run, "evaluate_pools", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(backbone, out, [Unedited(), InContext()])
     assert set(json.loads(out.read_text())["aggregate"]["unedited"]) == {"4"}
@@ -159,13 +171,15 @@ def test_a_stopped_run_keeps_what_it_has(backbone: Backbone, tmp_path: Path, mon
 def test_pool_sizes_above_the_records_become_their_number(
     backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report = run_evaluation([Unedited()], backbone, RECORDS, [4, 8, 100], False, tmp_path / "r.json", progress=False)
+    report = run_evaluation(
+        [Unedited()], backbone, RECORDS, [4, 8, 100], Judging(), tmp_path / "r.json", progress=False
+    )
     assert list(report["aggregate"]["unedited"]) == ["4"]
     assert "there are 4 records" in caplog.text
 
 
 def test_single_edits_are_made_for_fewer_records(backbone: Backbone, tmp_path: Path) -> None:
-    report = run_evaluation([InContext()], backbone, RECORDS, [4, 1], False, tmp_path / "r.json", singles=3)
+    report = run_evaluation([InContext()], backbone, RECORDS, [4, 1], Judging(), tmp_path / "r.json", singles=3)
     assert {size: len(found) for size, found in report["records"]["icl"].items()} == {"1": 3, "4": 4}
 
 
@@ -183,7 +197,7 @@ def test_bad_arguments_are_refused_before_any_work(
     backbone: Backbone, tmp_path: Path, editors: list[Editor], records: list[EditRecord], sizes: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run_evaluation(editors, backbone, records, sizes, False, tmp_path / "r.json")
+        run_evaluation(editors, backbone, records, sizes, Judging(), tmp_path / "r.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -257,3 +271,17 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
         write_json(path, {"meta": 2})
     assert json.loads(path.read_text()) == {"meta": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_contradictions_are_told_once_for_a_number_of_edits() -> None:
+    default = {"protocol": "default", "records": 10, "records_contradicted": 3}
+    runs = {"a": {"10": default, "1": default | {"records_contradicted": 0}}, "b": {"10": default}}
+    rest = "cases, 10 edited together, rest on a fact that another one's edit changes:"
+    assert contradictions(runs) == [f"3 of 10 {rest} their multi-hop questions are not asked."]
+    strict = {"a": {"10": default | {"protocol": "mquake", "records": 7}}}
+    assert contradictions(strict) == [f"3 of 10 {rest} they are not asked."]
+    report: Report = {"meta": {}, "aggregate": {}, "runs": runs, "records": {}}
+    assert f"3 of 10 {rest}" in markdown_table(report)
+    screen = StringIO()
+    print_table(report, Console(file=screen, width=200))
+    assert f"3 of 10 {rest}" in screen.getvalue()

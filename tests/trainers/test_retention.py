@@ -18,6 +18,7 @@ from trainers import retention as module
 from trainers.callbacks import curves
 from trainers.command import run as command
 from trainers.editors import Chosen
+from trainers.protocols import Judging
 from trainers.retention import run_consecutive
 
 METRIC = "reliability/token_accuracy"
@@ -36,7 +37,7 @@ def chosen(**changes: Any) -> list[Chosen]:
 def run(backbone: Backbone, records: list[EditRecord], out: Path, editors: list[Chosen], batch: int = 1) -> Any:
     screen = StringIO()
     report = run_consecutive(
-        editors, backbone, records, batch, [1, 2], False, out, console=Console(file=screen, width=100)
+        editors, backbone, records, batch, [1, 2], Judging(), out, console=Console(file=screen, width=100)
     )
     assert json.loads(out.read_text()) == report
     return report, screen.getvalue()

@@ -12,10 +12,10 @@ import torch
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, Evaluation, questions
+from modules.evaluation import Answers, questions
+from modules.judging import Evaluation, Judge, evaluate_pools
 from modules.modes import Checkpoint, consecutive
 from trainers.benchmark.grid import Cell
-from trainers.protocols import Demonstrations, judge_of
 
 Progress = Callable[[int], None]
 NEW_TOKENS = 16  # of an answer that is kept for reading
@@ -34,7 +34,6 @@ def run_cell(
     editor: Editor,
     backbone: Backbone,
     originals: Answers,
-    options: dict[str, Any],
     shown: int,
     tell: Progress,
 ) -> dict[str, Any]:
@@ -42,7 +41,6 @@ def run_cell(
 
     Args:
         originals: the unedited model's answers, which other cells have use of too.
-        options: protocol, exact_match, demonstrations, batch_size, seed.
         shown: of so many records, generated answers are kept.
         tell: called with the number of records done since the last call.
 
@@ -51,12 +49,13 @@ def run_cell(
         `edit_seconds`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see `_read`; `memory` in
         bytes: before and at the peak.
     """
+    judge, seed = cell.judging.judge(originals, cell.about["batch_size"]), cell.about["seed"]
     _read(Edited(backbone), cell.records[:shown], before := {})
     with held(backbone) as memory:
         if cell.mode in ("sequential", "consecutive"):
-            points, after = _consecutive(cell, editor, backbone, originals, options, shown, tell)
+            points, after = _consecutive(cell, editor, backbone, judge, seed, shown, tell)
         else:
-            points, after = _at_once(cell, editor, backbone, originals, options, shown, tell)
+            points, after = _at_once(cell, editor, backbone, judge, seed, shown, tell)
     answers = [
         {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after.get(at, "")}
         for at, text in before.items()
@@ -69,8 +68,8 @@ def _at_once(
     cell: Cell,
     editor: Editor,
     backbone: Backbone,
-    originals: Answers,
-    options: dict[str, Any],
+    judge: Judge,
+    seed: int,
     shown: int,
     tell: Progress,
 ) -> tuple[list[dict[str, Any]], dict[Any, str]]:
@@ -80,19 +79,8 @@ def _at_once(
     def look(edited: Edited, records: Sequence[EditRecord]) -> None:
         _read(edited, [r for r in records if r.id in wanted], after)
 
-    demonstrations = Demonstrations(**options["demonstrations"])
-    judge = judge_of(options["protocol"], originals, options["exact_match"], demonstrations=demonstrations)[1]
     size = 1 if cell.mode == "single" else len(cell.records)
-    evaluation = judge(
-        editor,
-        backbone,
-        cell.records,
-        size,
-        batch_size=options["batch_size"],
-        seed=options["seed"],
-        progress=tell,
-        look=look,
-    )
+    evaluation = evaluate_pools(judge, editor, backbone, cell.records, size, seed, progress=tell, look=look)
     return [_point(evaluation, len(cell.records) if cell.mode == "batch" else 1, {})], after
 
 
@@ -100,8 +88,8 @@ def _consecutive(
     cell: Cell,
     editor: Editor,
     backbone: Backbone,
-    originals: Answers,
-    options: dict[str, Any],
+    judge: Judge,
+    seed: int,
     shown: int,
     tell: Progress,
 ) -> tuple[list[dict[str, Any]], dict[Any, str]]:
@@ -118,10 +106,8 @@ def _consecutive(
         cell.records,
         cell.batch,
         cell.edits,
-        exact_match=options["exact_match"],
-        batch_size=options["batch_size"],
-        seed=options["seed"],
-        originals=originals,
+        judge,
+        seed,
         progress=tell,
         at_checkpoint=at,
         at_end=lambda edited: _read(edited, cell.records[:shown], after),

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainers.benchmark.tables import Result, metrics_of, peak, points, seconds_per_edit
-from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, over_edits
+from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
 from trainers.callbacks.figures import blank, open_axes
 
 
@@ -50,7 +50,7 @@ def over_number(results: Sequence[Result]) -> Figure | None:
             )
         for mode, style in zip(modes if len(modes) > 1 else (), DASHES, strict=False):
             axes.plot([], [], style, color="black", label=mode)
-        axes.set(title=title, ylim=(-0.03, 1.03))
+        axes.set(title=title, ylim=limits(metric))
         over_edits(axes, stops)
     legend(figure, panels[0])
     return figure

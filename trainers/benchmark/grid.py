@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from datamodules.records import EditRecord
 from datamodules.sources import Source
-from trainers.protocols import Demonstrations, Protocol
+from trainers.protocols import Demonstrations, Judging, Protocol
 
 Mode = Literal["single", "batch", "sequential", "consecutive"]
 
@@ -25,6 +25,7 @@ class GridDataset:
         exact_match: of the default protocol: also generate and compare whole answers.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
         demonstrations: of the protocol mquake.
+        fluency, references: of the protocol counterfact.
     """
 
     data: list[Source]
@@ -32,6 +33,13 @@ class GridDataset:
     exact_match: bool = False
     queries_per_kind: int | None = None
     demonstrations: Demonstrations = field(default_factory=Demonstrations)
+    fluency: bool = False
+    references: str | None = None
+
+    @property
+    def judging(self) -> Judging:
+        """How answers are judged."""
+        return Judging(self.protocol, self.exact_match, self.demonstrations, self.fluency, self.references)
 
 
 @dataclass
@@ -106,6 +114,7 @@ class Cell:
         facts: what the editor was made of.
         records: those that are edited.
         about: everything else that the result hangs on, as JSON values.
+        judging: how answers are judged; `about` has it too.
     """
 
     dataset: str
@@ -116,6 +125,7 @@ class Cell:
     records: Sequence[EditRecord] = field(repr=False)
     facts: dict[str, Any] = field(repr=False)
     about: dict[str, Any] = field(repr=False)
+    judging: Judging = field(default_factory=Judging, repr=False)
 
     @property
     def name(self) -> str:

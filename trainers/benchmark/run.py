@@ -30,11 +30,10 @@ from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.cell import run_cell
 from trainers.benchmark.figures import write_figures
-from trainers.benchmark.grid import Benchmark, Cell, GridDataset, spans
+from trainers.benchmark.grid import Benchmark, Cell, spans
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
-from trainers.protocols import check_records
 from trainers.report import command_line, write_json
 from trainers.workers import Specs, built, nth_device, prepare
 
@@ -95,7 +94,7 @@ def plan(
     """All cells. Runs of fewer edits take the first ones of those with more.
 
     Raises:
-        ValueError: where a data set has fewer records than a run needs, or they or the mode do not fit its protocol.
+        ValueError: where a data set has fewer records than a run needs, or they do not fit its protocol.
     """
     weights = weights_hash(backbone.model)
     for name, dataset in benchmark.datasets.items():
@@ -105,27 +104,27 @@ def plan(
                 f"benchmark.datasets.{name} has {len(every)} records, a run needs {benchmark.most()}: lower its edits"
             )
         records = drawn(every.records, len(every), benchmark.most(), seed, dataset.queries_per_kind)
-        check_records(dataset.protocol, records)
+        dataset.judging.check(records)
         records = meeting_conditions(backbone, records, batch_size)
-        about = {"seed": seed, "batch_size": batch_size, "weights": weights, **_judged(dataset)}
+        about = {"seed": seed, "batch_size": batch_size, "weights": weights, **dataset.judging.told()}
+        if any(record.multi_hop for record in records):
+            about["contradicted"] = "not asked"  # results of before this rule are of other questions
         for run in benchmark.runs:
-            if run.mode in ("sequential", "consecutive") and dataset.protocol != "default":
-                raise ValueError(f"benchmark.datasets.{name}: protocol {dataset.protocol} is of modes single and batch")
             for count, edits in spans(run):
                 for chosen in editors:
                     if run.mode in ("sequential", "consecutive") and chosen.editor.own_edit_only:
                         continue  # an upper bound that is given each record's own edit has nothing to go on from
                     yield Cell(
-                        name, chosen.editor.name, run.mode, edits, run.steps, records[:count], chosen.facts, about
+                        name,
+                        chosen.editor.name,
+                        run.mode,
+                        edits,
+                        run.steps,
+                        records[:count],
+                        chosen.facts,
+                        about,
+                        dataset.judging,
                     )
-
-
-def _judged(dataset: GridDataset) -> dict[str, Any]:
-    return {
-        "protocol": dataset.protocol,
-        "exact_match": dataset.exact_match,
-        "demonstrations": asdict(dataset.demonstrations),
-    }
 
 
 def _results(
@@ -182,7 +181,7 @@ def _in_worker(cell: Cell, answers: int) -> dict[str, Any]:
 
 def _safely(cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, tell: Any) -> dict[str, Any]:
     try:
-        return run_cell(cell, editor, backbone, originals, cell.about, answers, tell)
+        return run_cell(cell, editor, backbone, originals, answers, tell)
     except Exception as error:  # whatever one cell does, the others' hours of work go on
         log.debug("%s failed", cell.name, exc_info=True)
         return {"error": f"{type(error).__name__}: {error}"}

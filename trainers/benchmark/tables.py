@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.report import COLUMNS, write_text
+from trainers.report import COLUMNS, UNRANKED, contradictions, write_text
 
 FIELDS: tuple[str, ...] = (
     "dataset",
@@ -116,12 +116,14 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
             for metric, _ in columns:
                 cell = point["metrics"].get(metric)
                 top = cell is not None and round(cell["value"], 3) == best[metric] and _competes(result, point)
+                top = top and metric not in UNRANKED
                 texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
             texts += [(f"{seconds_per_edit(point):.2f}", False), (str(peak(result)), False)]
             rows.append((result["editor"], texts))
         counts = {cell["records"] for _, p in members for cell in p["metrics"].values()}
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
+        notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
         notes += [
             f"{r['editor']} failed: {r['error']}"
             for r in failed

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from modules.fluency import FLUENCY
 from trainers.callbacks.figures import GOLDEN, ZERO, blank, open_axes
 from trainers.report import COLUMNS, Report
 
@@ -41,7 +42,7 @@ def retention(report: Report) -> Figure:
             _line(axes, name, look, at, values)
             early = [(p["edits"], p["first"][metric]) for p in points if metric in p["first"]]
             axes.plot(*zip(*early, strict=True), "--", color=look[name][0], linewidth=1) if early else None
-        axes.set(title=title, ylim=(-0.03, 1.03))
+        axes.set(title=title, ylim=limits(metric))
         over_edits(axes, stops)
     if grown:
         for name, points in grown.items():
@@ -101,6 +102,13 @@ def _line(
 ) -> None:
     colour, marker = look[name]
     axes.plot(at, values, marker=marker, color=colour, label=name, markersize=3.5, linewidth=1.4)
+
+
+def limits(metric: str) -> tuple[float, float | None]:
+    """Of a metric's axis: shares are from 0 to 1, CounterFact's magnitudes are differences, fluency is in bits."""
+    if metric == FLUENCY:
+        return 0, None
+    return (-1.03 if metric.startswith("counterfact/") and metric.endswith("M") else -0.03), 1.03
 
 
 def over_edits(axes: Axes, stops: Sequence[int]) -> None:

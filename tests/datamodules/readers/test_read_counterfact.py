@@ -1,7 +1,7 @@
 import pytest
 
 from datamodules.readers.base import MalformedRecord
-from datamodules.readers.counterfact import read_counterfact
+from datamodules.readers.counterfact import read_counterfact, read_snippets
 from datamodules.records import EditRequest, Query
 
 REWRITE = {
@@ -39,6 +39,11 @@ def test_rome_record(write):
     assert record.locality == {"neighborhood": (Query("Ampère, born in", ("Lyon",)),) * 2}
     assert record.portability == {}
     assert record.domain == "P19"
+    assert record.generation == ("Mélanie {x} likes",)
+    assert record.attribute == (Query("Augustus, born in", ("Rome",)),)
+    assert record.target_id == "Q220"
+    (bare,) = read_counterfact(write([{k: v for k, v in ROME.items() if not k.startswith(("gener", "attr"))}]))
+    assert (bare.generation, bare.attribute) == ((), ())
 
 
 def test_portability(write):
@@ -102,8 +107,22 @@ def test_real_facts(real):
     rome = next(read_counterfact(real("counterfact/counterfact_filtered.json.gz")))
     assert rome.domain == "P103"
     assert rome.locality["neighborhood"][0] == Query("The mother tongue of Léon Blum is", ("French",))
+    assert (len(rome.generation), len(rome.attribute), rome.target_id) == (10, 10, "Q1860")
+    assert len(set(rome.generation)) == 3  # published so: a prompt that is there more often weighs more
 
 
 def test_a_file_of_another_format_is_refused(real):
     with pytest.raises(MalformedRecord, match=r"known_1000\.json, record 0: field 'target_new' is missing"):
         next(read_counterfact(real("counterfact/known_1000.json")))
+
+
+def test_reference_texts(write):
+    row = {"relation_id": "P19", "target_id": "Q220", "samples": [{"name": "A", "text": "A of Rome"}, {"text": "B"}]}
+    more = row | {"samples": [{"text": "C"}]}
+    assert read_snippets(write([row, row | {"target_id": "Q1", "samples": []}, more], "s.json")) == {
+        ("P19", "Q220"): ("A of Rome", "B", "C"),
+        ("P19", "Q1"): (),
+    }
+    for wrong, reason in (({}, "'relation_id' is missing"), (row | {"samples": [{}]}, "'text' is missing")):
+        with pytest.raises(ValueError, match=f"record 1: field {reason}; .*attribute_snippets.json"):
+            read_snippets(write([row, wrong or {"x": 1}], "s.json"))

@@ -17,20 +17,37 @@ Worked out by hand:
     All five locality answers are also the published ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from datamodules.records import Query
+from datamodules.records import EditRecord, Query
 from modules.backbone import Backbone
+from modules.editor import Edited, Editor
 from modules.evaluation import Answers
-from modules.protocols.dune import DUNE_PROTOCOLS, check_dune, evaluate_dune, prompted
+from modules.judging import Evaluation, evaluate_pools
+from modules.modes import consecutive
+from modules.protocols.dune import DUNE_PROTOCOLS, Dune, check_dune, prompted
 from modules.protocols.dune_answers import gives, letter, names, number, reading, verdict
 from modules.training_free.icl import InContext, Unedited
 from tests.modules.protocols.scripted import BACKBONE, Scripted, Told, figures, golden
 
 GOLDEN = golden("protocol_dune.json")
+
+
+def evaluate_dune(
+    editor: Editor,
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    size: int,
+    originals: Answers | None = None,
+    max_new_tokens: int = 20,
+    **how: Any,
+) -> Evaluation:
+    judge = Dune(originals or Answers(Edited(backbone)), max_new_tokens=max_new_tokens)
+    return evaluate_pools(judge, editor, backbone, records, size, **how)
 
 
 def originals() -> Answers:
@@ -59,6 +76,15 @@ def test_golden_figures(own_edit_only: bool) -> None:
     assert sum(done) == len(seen) == 4
     first = evaluation.records[0]["post"]["portability"][0]
     assert (first["set"], first["gives"], first["acc"]) == ("scientific", 1.0, 0.75)
+
+
+def test_editing_one_after_another_ends_where_one_pool_does() -> None:
+    model = Scripted(GOLDEN["edited"], GOLDEN["forced"])
+    model.add = lambda requests: model  # type: ignore[attr-defined]
+    found = consecutive(Told(model), BACKBONE, GOLDEN["records"], 1, [1, 4], Dune(originals()))
+    assert [len(point.evaluation.records) for point in found] == [1, 4]
+    assert figures(found[-1].evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
+    assert found[-1].evaluation.settings["protocol"] == "dune"
 
 
 def test_the_unedited_model_is_asked_once_and_locality_only() -> None:

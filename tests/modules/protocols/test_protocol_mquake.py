@@ -15,20 +15,36 @@ and third are another and "Sultan Haitham". Instance-wise: zoe 1, al 0, bo 1, cy
     tokens (4/7 + 1 + 1) / 3 = 0.857143       of 2 hops (4/7 + 1) / 2 = 0.785714
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.backbone import Backbone
+from modules.editor import Editor
+from modules.judging import Evaluation, evaluate_pools
+from modules.modes import consecutive
 from modules.protocols.few_shot import FewShot
-from modules.protocols.mquake import MEASURES, MQUAKE_PROTOCOLS, evaluate_mquake, same_answer
+from modules.protocols.mquake import MEASURES, MQUAKE_PROTOCOLS, MQuAKE, same_answer
 from modules.training_free.icl import InContext, Unedited
 from tests.modules.protocols.scripted import BACKBONE, Scripted, Told, figures, golden
 
 GOLDEN = golden("protocol_mquake.json")
 SHOWN = FewShot("Q: D? A: d", "Q: S? A: s")
+
+
+def evaluate_mquake(
+    editor: Editor,
+    backbone: Backbone,
+    records: Sequence[EditRecord],
+    size: int,
+    progress: Any = None,
+    look: Any = None,
+    **how: Any,
+) -> Evaluation:
+    return evaluate_pools(MQuAKE(**how), editor, backbone, records, size, progress=progress, look=look)
 
 
 def told(own_edit_only: bool = False) -> Told:
@@ -72,6 +88,17 @@ def test_an_upper_bound_gets_its_own_edits_and_the_questions_of_the_pool() -> No
     assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
     assert [len(made) for made in editor.made] == [1, 2, 2]
     assert sum(done) == 4
+
+
+def test_editing_one_after_another_asks_the_same_cases_at_every_checkpoint() -> None:
+    model = Scripted(GOLDEN["generated"], GOLDEN["forced"])
+    model.add = lambda requests: model  # type: ignore[attr-defined]
+    found = consecutive(Told(model), BACKBONE, GOLDEN["records"], 1, [1, 3], MQuAKE(SHOWN))
+    zoe_al_cy_bo = [["zoe"], ["zoe", "al"], ["zoe", "al", "bo"]]  # cy rests on what bo's edit, the last one, changes
+    assert [[r["case_id"] for r in point.evaluation.records] for point in found] == zoe_al_cy_bo
+    assert [point.evaluation.settings["records_contradicted"] for point in found] == [0, 1, 1]
+    assert figures(found[-1].evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
+    assert [point.first["multi_hop/mquake_accuracy"]["value"] for point in found] == [1.0] * 3  # zoe's
 
 
 def test_a_chain_that_is_not_whole_has_no_instance_wise_accuracy() -> None:

@@ -91,6 +91,28 @@ def test_a_grid_is_run_once(
     assert "11 of 11 cells are finished" in capsys.readouterr().out
 
 
+def test_a_data_set_is_judged_by_its_own_protocol_in_every_mode(tmp_path: Path) -> None:
+    facts = {"format": "facts_uniedit", "options": {"split": "test"}}
+    grid = {
+        "out": str(tmp_path / "out"),
+        "datasets": {
+            "plain": {"data": [FACTS], "queries_per_kind": 1},
+            "top5": {"data": [facts], "protocol": "uniedit"},
+        },
+        "runs": [{"mode": "sequential", "edits": [1, 2]}, {"mode": "batch", "edits": [2]}],
+        "answers": 0,
+        "workers": 1,
+    }
+    run(evaluate, [f"--config={config(tmp_path, benchmark=grid, baselines=['icl'], editor=[])}"])
+    found = cells(tmp_path)
+    assert {cell["protocol"] for name, cell in found.items() if name.startswith("top5/")} == {"uniedit"}
+    after, at_once = found["top5/sequential-1-2/icl.json"]["points"][1], found["top5/batch-2/icl.json"]["points"][0]
+    assert after["metrics"] == at_once["metrics"]
+    assert "generality/uniedit_top_5" in after["metrics"]
+    assert after["settings"]["protocol"] == at_once["settings"]["protocol"] == "uniedit"
+    assert "reliability/token_accuracy" in found["plain/sequential-1-2/icl.json"]["points"][1]["metrics"]
+
+
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -127,6 +149,7 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     ("change", "message"),
     [
         ({"data": [FACTS]}, "--data: a benchmark names its own data sets"),
+        ({"protocol": "uniedit"}, "--protocol and its options: each of benchmark.datasets names its own"),
         ({"baselines": ["nothing"]}, "unknown baseline 'nothing'"),
         ({"device": "cuda:9"}, "--device cuda:9: this machine has"),
         ({"device": "gpu9"}, "--device 'gpu9' is none"),

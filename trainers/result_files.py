@@ -1,0 +1,132 @@
+"""Result files read for comparison: an editor at a number of edits is an entry, and what must be alike in two of them.
+
+The files are reports of trainers.evaluate (trainers/report.py) and cells of a benchmark (trainers/benchmark/run.py).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One editor at one number of edits.
+
+    Args:
+        told: what must be alike, by field; the protocol with what it was asked by.
+        results: per-record results by record id.
+    """
+
+    file: str
+    editor: str
+    edits: int
+    told: dict[str, Any]
+    results: dict[str, Mapping[str, Any]] = field(repr=False)
+
+
+def read(path: Path, edits: Sequence[int] | None = None) -> list[Entry]:
+    """The entries of a report or of a benchmark's cell, in its order; what failed is left out.
+
+    Raises:
+        FileNotFoundError, ValueError: where there is no such file, or it holds no per-record results.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results {path}; give files that trainers.evaluate has written")
+    try:
+        found = list(_entries(str(path), json.loads(path.read_text(encoding="utf-8"))))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no results of trainers.evaluate ({type(error).__name__}: {error})") from error
+    kept = [entry for entry in found if not edits or entry.edits in edits]
+    if not kept:
+        there = sorted({entry.edits for entry in found})
+        raise ValueError(f"{path}: edits: no results" + (f" of {list(edits)} edits, only of {there}" if edits else ""))
+    return kept
+
+
+def _entries(file: str, content: Mapping[str, Any]) -> Iterator[Entry]:
+    if "points" in content:  # a cell
+        for point in content["points"]:
+            told = _told(content, content["protocol"], point["settings"])
+            yield Entry(file, content["editor"], point["edits"], told, _by_id(point["records"]))
+        return
+    for editor, sizes in content["records"].items():
+        for size, results in sizes.items():
+            settings = content["runs"][editor][size]
+            protocol = content["meta"].get("protocol") or settings.get("protocol", "default")
+            yield Entry(file, editor, int(size), _told(content["meta"], protocol, settings), _by_id(results))
+
+
+def _told(about: Mapping[str, Any], protocol: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    how = ("demonstrations", "demonstrations_by_relation", "chain_of_thought", "max_new_tokens", "max_tokens")
+    options = {name: settings[name] for name in how if name in settings}
+    batch = settings.get("batch") or about.get("batch") if about["mode"] == "consecutive" else None
+    source = about["backbone"]["source"]
+    return {"protocol": protocol, "options": options, "mode": about["mode"], "batch": batch, "backbone": source}
+
+
+def _by_id(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {str(result["case_id"]): result for result in results}
+
+
+def differing(one: Entry, other: Entry, allow: Sequence[str]) -> Iterator[str]:
+    """What is allowed to differ and does, in words.
+
+    Raises:
+        ValueError: for what is not; it names the field and both values.
+    """
+    for name, value in one.told.items():
+        theirs = other.told[name]
+        if theirs == value:
+            continue
+        field = "protocol" if name == "options" else name
+        found = f"{field}: {one.file} ({one.editor}) has {value!r}, {other.file} ({other.editor}) has {theirs!r}"
+        if name in allow:
+            yield found
+        elif field == "protocol":
+            raise ValueError(f"{found}; figures of two protocols cannot be compared")
+        else:
+            raise ValueError(f"{found}; give --allow {field} to compare them all the same")
+
+
+def pairs(first: Sequence[Entry], others: Sequence[Entry], any_edits: bool) -> Iterator[tuple[Entry, list[Entry]]]:
+    """The reference at each of its numbers of edits, with the others at the same; or at its first with all of them.
+
+    Raises:
+        ValueError: for a file that has none of the reference's numbers of edits.
+    """
+    if any_edits:
+        yield first[0], [*first[1:], *others]
+        return
+    numbers = [entry.edits for entry in first]
+    for file in dict.fromkeys(other.file for other in others):
+        theirs = sorted({other.edits for other in others if other.file == file})
+        if not set(theirs) & set(numbers):
+            raise ValueError(
+                f"edits: {first[0].file} ({first[0].editor}) has {numbers}, {file} has {theirs}; give --allow edits to "
+                "compare them all the same"
+            )
+    for base in first:
+        if of := [other for other in others if other.edits == base.edits]:
+            yield base, of
+
+
+def common(one: Entry, other: Entry) -> list[str]:
+    """The ids of the records that both have.
+
+    Raises:
+        ValueError: where there are none, or one id stands for two edits.
+    """
+    ids = [name for name in one.results if name in other.results]
+    if not ids:
+        ours, theirs = next(iter(one.results), None), next(iter(other.results), None)
+        raise ValueError(
+            f"records: {one.file} ({one.editor}) and {other.file} ({other.editor}) have none in common; the first ones "
+            f"are {ours!r} and {theirs!r}"
+        )
+    for name in ids:
+        edits = [entry.results[name]["requested_rewrite"] for entry in (one, other)]
+        if edits[0] != edits[1]:
+            raise ValueError(f"records: {name!r} is {edits[0]} in {one.file} and {edits[1]} in {other.file}")
+    return ids
