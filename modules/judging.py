@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -137,6 +137,7 @@ def evaluate_pools(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     look: Callable[[Edited, Sequence[EditRecord]], None] | None = None,
+    asked: int | None = None,
 ) -> Evaluation:
     """Edit the records a pool at a time, each pool from the unedited backbone, and judge.
 
@@ -151,6 +152,7 @@ def evaluate_pools(
         seed: of the bootstrap.
         progress: called with the number of records done since the last call.
         look: called with each edited model, and the records of it that are asked; its time does not count.
+        asked: ask only the first so many records of each pool; all of them are edited. By default all are asked.
 
     Raises:
         ValueError: without records or with a pool size below 1, for records that the protocol cannot judge, where every
@@ -158,27 +160,27 @@ def evaluate_pools(
     """
     pools, dropped = split_pools(records, pool_size)
     judge.check(records)
-    judged = [judge.cases(pool) for pool in pools]
+    judged = [first_asked(judge.cases(pool), asked) for pool in pools]
     refuse_unasked([case for cases in judged for case in cases])
     results: list[dict[str, Any]] = []
     edit_seconds = answer_seconds = 0.0
     queries = context_tokens = 0
     for cases in judged:
-        judge.ask_unedited(cases)
+        judge.ask_unedited([case for case in cases if case.asked])
         for group in [[case] for case in cases] if editor.own_edit_only else [cases]:
             requests = [request for case in group for request in case.record.requests]
-            if asked := [case for case in group if case.asked]:
-                prompts = judge.prompts(asked)
+            if those := [case for case in group if case.asked]:
+                prompts = judge.prompts(those)
                 start = now(backbone)
                 with editor.edit(backbone, requests) as edited:
                     ready = now(backbone)
-                    found = judge.ask(edited, asked)
+                    found = judge.ask(edited, those)
                     answer_seconds += now(backbone) - ready
                     edit_seconds += ready - start
                     queries += len(prompts)
                     context_tokens += sum(edited.context_tokens(prompts)) if prompts else 0
                     if look:
-                        look(edited, [case.record for case in asked])
+                        look(edited, [case.record for case in those])
                 left = now(backbone)
                 results += judge.results(found, _maker(editor, backbone, requests))
                 answer_seconds += now(backbone) - left
@@ -189,10 +191,24 @@ def evaluate_pools(
         "pools": len(pools),
         "records_dropped": dropped,
     }
+    if asked:
+        settings["asked_of_each_pool"] = asked
+    if editor.own_edit_only:
+        settings["edited"] = len(results)  # what is not asked is not edited either
     if queries:
         settings |= {"queries": queries, "context_tokens": context_tokens / queries}
     aggregates = judge.summary(results, seed)
     return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+
+
+def first_asked(cases: Sequence[Case], count: int | None) -> list[Case]:
+    """Cases of which only the first `count` that can be asked are; all of them without a count."""
+    left = len(cases) if count is None else count
+    found = []
+    for case in cases:
+        found.append(case if left > 0 else replace(case, asked=False))
+        left -= case.asked
+    return found
 
 
 def settings_of(judge: Judge, cases: Sequence[Case], results: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
@@ -202,6 +218,7 @@ def settings_of(judge: Judge, cases: Sequence[Case], results: Sequence[Mapping[s
         | judge.options()
         | {
             "records": len(results),
+            "edited": len(cases),
             "queries_left_out": sum(case.left_out for case in cases),
             "records_contradicted": sum(case.contradicted for case in cases),
             "bootstrap_seed": seed,

@@ -28,6 +28,7 @@ def evaluate(
     pool_sizes: list[int] | None = None,
     singles: int = 20,
     queries_per_kind: int | None = None,
+    asked: int | None = None,
     exact_match: bool = True,
     out: str = "evaluation.json",
     seed: int = 0,
@@ -55,6 +56,8 @@ def evaluate(
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record;
             of MQuAKE's edits and hops all are asked.
+        asked: ask only the first so many records of each pool; all of them are edited. For pools whose questions would
+            take longer than their edits.
         exact_match: also generate and compare whole answers (default protocol).
         out: the JSON file.
         seed: draws the records, and the bootstrap.
@@ -78,6 +81,8 @@ def evaluate(
     if (one_by_one and batch not in (None, 1)) or (mode == "consecutive" and not batch):
         raise ValueError(f"--mode {mode} and --batch {batch} do not go together; --mode consecutive needs a --batch")
     consecutively = mode in ("sequential", "consecutive")
+    if asked is not None and (asked < 1 or consecutively):
+        raise ValueError(f"--asked must be at least 1, and is of --mode batch; got {asked}, and the mode is {mode}")
     if checkpoints and not consecutively:
         raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
     judging = Judging(protocol, exact_match, demonstrations or Demonstrations(), fluency, references)
@@ -113,6 +118,7 @@ def evaluate(
         Path(out),
         singles=None if mode == "single" else singles,
         mode=mode,
+        asked=asked,
         **about,
     )
 

@@ -35,6 +35,7 @@ def run_evaluation(
     singles: int | None = None,
     console: Console | None = None,
     mode: str = "batch",
+    asked: int | None = None,
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -47,6 +48,7 @@ def run_evaluation(
         data, seed, mode: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `Judging.judge`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
+        asked: see `modules.judging.evaluate_pools`.
 
     An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
@@ -82,6 +84,7 @@ def run_evaluation(
                     size,
                     seed=seed,
                     progress=lambda n: shown.advance(task, n),
+                    asked=asked,
                 )
             except Exception as error:  # whatever one editor does, the others' hours of work go on
                 log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)

@@ -13,7 +13,16 @@ from datamodules.readers.mquake import HOP
 from datamodules.records import EditRecord, EditRequest, Query
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited, Editor, TargetScore
-from modules.evaluation import Answers, evaluate, evaluate_pool, fewer_queries, split_pools, without_collisions
+from modules.evaluation import (
+    Answers,
+    TokenAccuracy,
+    evaluate,
+    evaluate_pool,
+    fewer_queries,
+    split_pools,
+    without_collisions,
+)
+from modules.judging import evaluate_pools
 from modules.training_free.icl import InContext, RightEdit, Unedited
 
 BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
@@ -318,6 +327,22 @@ def test_pools() -> None:
     for bad in ([], 1), (records, 0):
         with pytest.raises(ValueError, match="pool size"):
             split_pools(*bad)
+
+
+def test_only_the_first_of_a_pool_are_asked_and_all_are_edited() -> None:
+    records = [city(f"City{i}") for i in range(6)]
+    original, editor, done = Scripted({}), Taught(), []
+    judge = TokenAccuracy(Answers(original))
+    result = evaluate_pools(judge, editor, BACKBONE, records, 3, progress=done.append, asked=2)
+    assert [len(pool) for pool in editor.pools] == done == [3, 3]
+    assert [r["case_id"] for r in result.records] == ["City0", "City1", "City3", "City4"]
+    assert [len(model.scored[0]) for model in editor.models] == [2, 2]
+    assert len(original.scored[0]) == 2  # nor is the unedited model asked more
+    assert (result.settings["records"], result.settings["edited"]) == (4, 6)
+    assert result.settings["asked_of_each_pool"] == 2
+    own = TaughtOwn()
+    evaluate_pools(judge, own, BACKBONE, records, 3, asked=2)
+    assert len(own.pools) == 4  # what is not asked need not be edited alone
 
 
 def test_real_editors_on_a_tiny_model() -> None:

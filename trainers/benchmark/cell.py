@@ -80,7 +80,9 @@ def _at_once(
         _read(edited, [r for r in records if r.id in wanted], after)
 
     size = 1 if cell.mode == "single" else len(cell.records)
-    evaluation = evaluate_pools(judge, editor, backbone, cell.records, size, seed, progress=tell, look=look)
+    evaluation = evaluate_pools(
+        judge, editor, backbone, cell.records, size, seed, progress=tell, look=look, asked=cell.asked
+    )
     return [_point(evaluation, len(cell.records) if cell.mode == "batch" else 1, {})], after
 
 
@@ -121,7 +123,7 @@ def _point(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> dict[st
         "metrics": evaluation.aggregates,
         "edit_seconds": evaluation.edit_seconds,
         "answer_seconds": evaluation.answer_seconds,
-        "edited": evaluation.settings.get("records", len(evaluation.records)),
+        "edited": evaluation.settings["edited"],
         "settings": evaluation.settings,
         "norms": norms,
         "records": evaluation.records,

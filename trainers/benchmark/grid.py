@@ -51,20 +51,24 @@ class GridRun:
         edits: of `batch`: numbers of records edited at once, each a cell; of `sequential` and `consecutive`: the
             numbers of records so far at which is evaluated; of `single`: how many records, each edited by itself.
         batch: of `consecutive`: records of one edit.
+        asked: of `batch`: ask only the first so many of the records that are edited at once.
 
     Raises:
-        ValueError: for no or non-positive numbers, or a batch that the mode does not take.
+        ValueError: for no or non-positive numbers, or what the mode does not take.
     """
 
     mode: Mode
     edits: list[int]
     batch: int | None = None
+    asked: int | None = None
 
     def __post_init__(self) -> None:
         if not self.edits or min(self.edits) < 1:
             raise ValueError(f"benchmark.runs: edits must be positive numbers, got {self.edits} for mode {self.mode}")
         if (self.mode == "consecutive") != (self.batch is not None) or (self.batch is not None and self.batch < 1):
             raise ValueError(f"benchmark.runs: mode consecutive needs a batch, and no other takes one; got {self}")
+        if self.asked is not None and (self.mode != "batch" or self.asked < 1):
+            raise ValueError(f"benchmark.runs: asked must be at least 1, and is of mode batch; got {self}")
         self.edits = sorted(set(self.edits))
 
     @property
@@ -115,6 +119,7 @@ class Cell:
         records: those that are edited.
         about: everything else that the result hangs on, as JSON values.
         judging: how answers are judged; `about` has it too.
+        asked: of how many of the records; None: of all.
     """
 
     dataset: str
@@ -126,6 +131,7 @@ class Cell:
     facts: dict[str, Any] = field(repr=False)
     about: dict[str, Any] = field(repr=False)
     judging: Judging = field(default_factory=Judging, repr=False)
+    asked: int | None = None
 
     @property
     def name(self) -> str:
@@ -139,6 +145,7 @@ class Cell:
         """A hash of all that the result hangs on."""
         texts = [record.to_json() for record in self.records]
         told = [self.dataset, self.editor, self.mode, self.edits, self.batch, texts, self.facts, self.about]
+        told += [] if self.asked is None else [self.asked]
         return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

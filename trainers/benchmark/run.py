@@ -124,6 +124,7 @@ def plan(
                         chosen.facts,
                         about,
                         dataset.judging,
+                        run.asked,
                     )
 
 
