@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modules.fluency import FLUENCY
 from trainers.command import run
 from trainers.protocols import MEASURES, Measures
 from trainers.report import COLUMNS, write_text
@@ -118,6 +119,7 @@ def _table(base: Entry, others: Sequence[Entry], metrics: Sequence[str] | None, 
     legend = (
         f"Over {len(base.results)} records, percent; after the comma the difference to {base.editor} on the records in "
         "common, with a 95% interval by paired bootstrap, bold where it leaves out 0."
+        + (" GE is in hundredths of bits." if any(metric == FLUENCY for metric, _ in columns) else "")
     )
     return "\n\n".join([f"## {title}", body, legend, *notes])
 
