@@ -277,7 +277,8 @@ def _tables(report: Report) -> list[list[tuple[str, str]]]:
     main = [(metric, short if exact else title) for metric, title, short in COLUMNS if metric in present]
     criteria = [(metric, title) for metric, title in CRITERIA if metric in present]
     if any(metric in (COUNTERFACT.score, ZSRE.score) for metric, _ in main):
-        main += [(key, title) for key, title, _ in COSTS]
+        told = {key for sizes in report["runs"].values() for run in sizes.values() for key in run}
+        main += [(key, title) for key, title, _ in COSTS if key in told]
     return [main, criteria] if criteria else [main]
 
 

@@ -150,8 +150,11 @@ def test_fluency_and_consistency_beside_the_unedited_model(tmp_path: Path, capsy
             assert cell["fluency/ngram_entropy"]["ci"][0] <= cell["fluency/ngram_entropy"]["value"]
     assert set(report["meta"]["protocols"]) == {*COUNTERFACT_PROTOCOLS, *FLUENCY_PROTOCOLS}
     assert "answer_seconds_per_query" not in report["runs"]["icl"]["2"]
-    screen = " ".join(capsys.readouterr().out.split())
-    assert "NS NM GE RS" in screen
+    screen = capsys.readouterr().out
+    lines = [line.split() for line in screen.splitlines()]
+    assert [line[:2] for line in lines if line[:1] == ["unedited"]] == [["unedited", "1"], ["unedited", "2"]]
+    screen = " ".join(screen.split())
+    assert "NS NM GE RS Context" in screen  # no seconds a query: writing is none
     assert "RS: TF-IDF cosine" in screen
     call(tmp_path, "counterfact", rows[:1], "--mode=single", "--baselines=[unedited]", "--fluency=true")
     assert "RS was not measured: no --references" in " ".join(capsys.readouterr().out.split())

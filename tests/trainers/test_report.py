@@ -124,6 +124,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "batch_size",
         "max_new_tokens",
         "own_edit_only",
+        "edited",
         "pools",
         "records",
         "records_dropped",
