@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that CI checks: install, lint, types, import order, all CPU tests.  bash launch/test.sh [pytest arguments]
 source "$(dirname "$0")/setup.sh"
-install "[dev]"
+install "[dev,lm-eval]"
 # ZeRO on processors compiles an operator of DeepSpeed's
 if ! command -v g++ >/dev/null && command -v apt-get >/dev/null; then
     echo "== installing g++"; apt-get install --yes --quiet g++ >/dev/null

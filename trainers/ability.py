@@ -38,7 +38,8 @@ def ability(
     Args:
         data: where the records come from that are edited.
         tasks: any of rte, nq_open, samsum, sst2, mmlu, squad; by default all but the last. With changes as a mapping:
-            {task: mmlu, shots: 0}. A task whose file is not there is left out, with a word.
+            {task: mmlu, shots: 0}. Any task of lm-eval, with that extra: {task: lm_eval, name: hellaswag}.
+            A task whose file is not there is left out, with a word.
         editor: folders written by trainers.export, and training-free editors: by name, by file, or with changes.
         backbone: what is asked and edited; by default the first exported editor's.
         edits: after how many records, the first so many of those drawn; 0 is the unedited model. By default 0 and 100.

@@ -109,7 +109,7 @@ class Cells:
 def _kind(task: Task) -> list[Any]:
     return [
         type(task).__qualname__,
-        {k: v for k, v in vars(task).items() if k != "path"},
+        {k: v for k, v in vars(task).items() if k != "path" and not k.startswith("_")},
     ]  # its examples say what it held
 
 

@@ -53,7 +53,7 @@ def run_ability(
 
     Raises:
         ValueError: for two tasks or editors of one name, no task whose file is there, or an editor called unedited; and
-            see `modules.ability.states.check`.
+            see `modules.ability.states.check` and `modules.ability.task.Task.check`.
     """
     edits = [count for count in counts if count]
     for chosen in editors:
@@ -63,6 +63,9 @@ def run_ability(
         raise ValueError(f"editors need different names, and unedited is 0 edits (--edits 0); got {', '.join(names)}")
     console = console or Console()
     asked, missing = _asked(tasks, backbone, examples, seed, console)
+    for chosen in editors:
+        for one in asked:
+            one.task.check(chosen.editor)
     states = [State(UNEDITED, 0, {})] if 0 in counts else []
     states += [State(c.editor.name, count, c.facts) for c in editors for count in edits]
     report = _new(backbone, records, counts, batch, asked, missing, data, seed)
@@ -167,5 +170,8 @@ def _new(
     report = new_report(backbone, records, counts, data, seed, protocols=protocols, mode=mode, protocol="ability")
     meta: dict[str, Any] = report["meta"]
     meta["edited_after"] = meta.pop("pool_sizes")
-    tasks = {one.task.name: {"main": one.task.main, "examples": len(one.examples)} for one in asked}
+    tasks = {
+        one.task.name: {"main": one.task.main, "percent": one.task.percent, "examples": len(one.examples)}
+        for one in asked
+    }
     return {"meta": meta | {"batch": batch, "tasks": tasks, "left_out": missing}, "cells": {}}

@@ -17,7 +17,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
     """Editor, edits, and the main metric of each task."""
     for editor, by_count in report["cells"].items():
         for count, cells in sorted(by_count.items(), key=lambda item: int(item[0])):
-            yield [editor, count, *(_shown(cells.get(t, {}), about["main"]) for t, about in _tasks(report).items())]
+            yield [editor, count, *(_shown(cells.get(t, {}), about) for t, about in _tasks(report).items())]
 
 
 def failures(report: Mapping[str, Any]) -> list[str]:
@@ -58,19 +58,23 @@ def _tasks(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    sizes = ", ".join(f"{about['examples']} examples of {about['main']}" for about in _tasks(report).values())
+    sizes = ", ".join(
+        f"{about['examples']} examples of {about['main']}{'' if about.get('percent', True) else ' (no percentage)'}"
+        for about in _tasks(report).values()
+    )
     left_out = [f"Left out: {task}, {why}" for task, why in report["meta"]["left_out"].items()]
     return [LEGEND.format(examples=sizes), *failures(report), *left_out]
 
 
-def _shown(cell: Mapping[str, Any], main: str) -> str:
+def _shown(cell: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """`52.0 [45.5, 59.0] (-3.0*)`, `failed`, or nothing where the task was not asked."""
+    main, scale = about["main"], 100 if about.get("percent", True) else 1
     if "metrics" not in cell:
         return "failed" if "error" in cell else ""
     found = cell["metrics"][main]
     low, high = found["ci"]
-    text = f"{100 * found['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    text = f"{scale * found['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
     if change := cell.get("change", {}).get(main):
         low, high = change["ci"]
-        text += f" ({100 * change['value']:+.1f}{'*' if low > 0 or high < 0 else ''})"
+        text += f" ({scale * change['value']:+.1f}{'*' if low > 0 or high < 0 else ''})"
     return text

@@ -57,7 +57,8 @@ def measure(
 def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Metric -> {value, ci, records}: the mean difference of two results of `measure` on the same examples.
 
-    The interval is the bootstrap of each example's own difference, so it is narrower than those of the two means.
+    The interval is the bootstrap of each example's own difference, so it is narrower than those of the two means. A
+    metric that is no mean over examples has no such change.
 
     Raises:
         ValueError: where the examples are not the same.
@@ -65,7 +66,11 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -
     if [e["id"] for e in before["examples"]] != [e["id"] for e in after["examples"]]:
         raise ValueError("a change needs two results on the same examples")
     differences = [
-        {"post": {m: a["values"][m] - b["values"][m] for m in a["values"] if m in b["values"]}}
+        {"post": {m: v - b["values"][m] for m, v in a["values"].items() if m in b["values"] and _number(v)}}
         for b, a in zip(before["examples"], after["examples"], strict=True)
     ]
     return summarise(differences, seed, values=lambda post: post)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float))

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from datamodules.tokens import encode
 from modules.backbone import Backbone
-from modules.editor import Edited
+from modules.editor import Edited, Editor
 from modules.metrics import summarise
 
-Answer = Mapping[str, str]
+Answer = Mapping[str, Any]  # JSON values
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ class Task(ABC):
         name: what results are filed under.
         main: the metric of tables.
         new_tokens: how many the model may write.
+        percent: whether the main metric is a share.
     """
 
     name: ClassVar[str]
     main: ClassVar[str]
     new_tokens: ClassVar[int] = 0
+    percent: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -77,11 +79,18 @@ class Task(ABC):
     def answers(self, edited: Edited, examples: Sequence[Example], batch_size: int) -> list[Answer]:
         """What a model makes of each example: texts by what they are (`choice`, `text`)."""
 
-    @abstractmethod
-    def judge(self, example: Example, answer: Answer) -> dict[str, float]:
-        """Metric -> value of one example; a metric may be absent where it does not apply."""
+    def check(self, editor: Editor) -> None:  # noqa: B027
+        """Refuse an editor for whose models the task means nothing, once the examples are read.
 
-    def aggregate(self, values: Sequence[Mapping[str, float]], seed: int = 0) -> dict[str, dict[str, Any]]:
+        Raises:
+            ValueError: with the reason.
+        """
+
+    @abstractmethod
+    def judge(self, example: Example, answer: Answer) -> dict[str, Any]:
+        """Metric -> value of one example, a number; a metric may be absent where it does not apply."""
+
+    def aggregate(self, values: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, Any]]:
         """Metric -> {value, ci, records} over examples, see `modules.metrics.summarise`."""
         return summarise([{"post": v} for v in values], seed, values=lambda post: post)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from deltas import Nudge
+from lm_eval_files import mmlu, text_tasks
 from rich.console import Console
 
 from datamodules.records import EditRecord
@@ -226,8 +227,44 @@ def test_tasks_by_name_and_with_changes() -> None:
         task("cola")
     with pytest.raises(ValueError, match=r"--tasks mmlu: .*shots"):
         task({"task": "mmlu", "shots": "many"})
+    with pytest.raises(ValueError, match=r"--tasks lm_eval: .*name"):
+        task("lm_eval")
     with pytest.raises(ValueError, match=r"--tasks rte: .*shots"):
         task({"task": "rte", "shots": 1})
+
+
+def test_lm_evals_tasks_before_and_after_edits(backbone: Backbone, records: list[EditRecord], folder: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    mmlu(folder)
+    text_tasks(folder / "tasks")
+    chosen_tasks = [{"task": "lm_eval", "name": name, "include": str(folder / "tasks")} for name in ("law", "words")]
+    tasks: dict[str, Any] = {"tasks": [*map(task, chosen_tasks), task({"task": "mmlu", "path": str(folder / "mmlu")})]}
+    with pytest.raises(ValueError, match="mmlu: law has 3 solved questions"):
+        run(backbone, records, folder / "a.json", **tasks)
+    tasks["tasks"][-1].shots = 3
+    report, _ = run(backbone, records, folder / "a.json", counts=[0, 3], examples=16, **tasks)
+    for cells in (report["cells"]["unedited"]["0"], report["cells"]["nudge"]["3"]):
+        law, own = cells["lm_eval/law"]["metrics"]["lm_eval/law/acc"], cells["mmlu"]["metrics"]["mmlu/accuracy"]
+        assert (law["value"], law["records"]) == (own["value"], own["records"])
+    after = report["cells"]["nudge"]["3"]
+    before = report["cells"]["unedited"]["0"]["lm_eval/words"]["metrics"]["lm_eval/words/word_perplexity"]
+    moved, own = after["lm_eval/law"]["change"]["lm_eval/law/acc"], after["mmlu"]["change"]["mmlu/accuracy"]
+    assert moved["value"] == own["value"]
+    perplexity = after["lm_eval/words"]["metrics"]["lm_eval/words/word_perplexity"]
+    assert perplexity["value"] != before["value"]
+    assert after["lm_eval/words"]["change"] == {}
+    assert set(report["meta"]["protocols"]) >= {"lm_eval/law/acc", "lm_eval/words/word_perplexity"}
+    row = (folder / "a.md").read_text().splitlines()[3]
+    assert f"| {perplexity['value']:.1f} [" in row
+    Nudge.calls.clear()
+    again, screen = run(
+        backbone, records, folder / "a.json", counts=[0, 3], examples=16, **tasks | {"tasks": [task(chosen_tasks[0])]}
+    )
+    assert "2 results" in screen
+    assert Nudge.calls == []
+    assert again["cells"]["nudge"]["3"]["lm_eval/law"] == after["lm_eval/law"]
+    run(backbone, records, folder / "a.json", counts=[0, 3], tasks=[task(chosen_tasks[0] | {"shots": 1})])
+    assert Nudge.calls == [3]
 
 
 def arguments(folder: Path) -> list[str]:
