@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from trainers import compile_lock
 from trainers.checkpoints import zero
 
 
@@ -105,7 +106,7 @@ class Zero(DeepSpeedStrategy):
         """Refuse what can be known to be wrong before any process is started.
 
         Raises:
-            ValueError: naming the setting.
+            ValueError: naming the setting, or the lock that a killed compilation has left.
         """
         if isinstance(self.accelerator, CPUAccelerator) and self.precision_plugin.precision.startswith("16"):
             raise ValueError(
@@ -114,6 +115,8 @@ class Zero(DeepSpeedStrategy):
             )
         if isinstance(self.accelerator, CPUAccelerator) and not any(map(shutil.which, ("c++", "g++"))):
             raise ValueError("ZeRO on processors compiles an operator of DeepSpeed's: install a C++ compiler (g++)")
+        if isinstance(self.accelerator, CPUAccelerator):
+            compile_lock.await_lock(compile_lock.folder_of(compile_lock.SHARED_MEMORY))
 
     # ------------------------------------------------------------------ processes
 
