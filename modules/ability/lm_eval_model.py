@@ -65,7 +65,7 @@ class EditedLM(LM):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy continuations of each (context, options), cut before the first stop."""
-        options = [normalize_gen_kwargs(request.args[1], NEW_TOKENS) for request in requests]
+        options: list[Any] = [normalize_gen_kwargs(request.args[1], NEW_TOKENS) for request in requests]
         if any(given["do_sample"] for given in options):
             raise ValueError("an edited model is asked greedily; set do_sample: false in the task's file")
         groups: dict[int, list[int]] = {}

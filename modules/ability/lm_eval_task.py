@@ -68,7 +68,8 @@ class LmEval(Task):
         from modules.ability.lm_eval_model import NEW_TOKENS
 
         asked = (r.args[1] for some in self._requests.values() for r in some if r.request_type == "generate_until")
-        return max((normalize_gen_kwargs(given, NEW_TOKENS)["max_gen_toks"] for given in asked), default=0)
+        options: list[Any] = [normalize_gen_kwargs(given, NEW_TOKENS) for given in asked]
+        return max((given["max_gen_toks"] for given in options), default=0)
 
     @property
     def percent(self) -> bool:  # type: ignore[override]
