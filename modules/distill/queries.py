@@ -6,8 +6,8 @@ B queries, T tokens.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
+from datamodules.tensors import Tensors
 from datamodules.tokens import encode, pad, pad_id
 
 
@@ -70,7 +71,7 @@ def questions_of(record: EditRecord, config: DistillQueries) -> list[Question]:
 
 
 @dataclass
-class DistillBatch:
+class DistillBatch(Tensors):
     """One micro-batch.
 
     Args:
@@ -86,16 +87,6 @@ class DistillBatch:
     record: Tensor
     asked: list[Question]
     records: list[str]
-
-    def to(self, device: torch.device) -> "DistillBatch":
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "DistillBatch":
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "DistillBatch":
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(t) for name, t in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.records)

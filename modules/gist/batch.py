@@ -4,8 +4,8 @@ B queries, N distinct edits, T tokens.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, Query
 from datamodules.schedule import Slot
+from datamodules.tensors import Tensors
 from datamodules.tokens import encode, pad, pad_id
 
 Kind = Literal["request", "rephrase", "portability", "multi_hop", "locality"]
 
 
 @dataclass
-class GistBatch:
+class GistBatch(Tensors):
     """One micro-batch, one or several pools.
 
     Args:
@@ -48,16 +49,6 @@ class GistBatch:
     with_edit: Tensor
     alone: Tensor
     records: list[str]
-
-    def to(self, device: torch.device) -> "GistBatch":
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "GistBatch":
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "GistBatch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"}
-        return replace(self, **{name: change(t) for name, t in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.queries)

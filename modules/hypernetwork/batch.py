@@ -4,8 +4,8 @@ N edits, B queries, T tokens.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot, stable_hash
+from datamodules.tensors import Tensors
 from datamodules.tokens import Encoded, encode, pad, pad_id
 from modules.gist.batch import Kind, queries_by_kind, subjects_of_pools
 
 
 @dataclass
-class EditBatch:
+class EditBatch(Tensors):
     """One micro-batch. Every pool is edited by itself: by its one edit, or by several together.
 
     The edits of a pool are all those of its records, and the related hops of its queries.
@@ -52,16 +53,6 @@ class EditBatch:
     def visible(self) -> Tensor:
         """Which edits the model of each query has [B, N]."""
         return self.query_pool[:, None] == self.edit_pool[None]
-
-    def to(self, device: torch.device) -> "EditBatch":
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "EditBatch":
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "EditBatch":
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(t) for name, t in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.records)

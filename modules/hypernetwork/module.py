@@ -8,8 +8,8 @@ N edits, B queries, T tokens, n scored tokens.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,21 +18,17 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
-from modules.backbone import Backbone, BackboneConfig, Parts, load_backbone, load_tokenizer
-from modules.checkpoint_names import misfit
-from modules.editor import Edited
-from modules.evaluation import Answers, RecordPool, evaluate_pool
+from modules.backbone import Backbone, BackboneConfig, Parts, load_backbone
 from modules.gradients import answer_loss, gradient_factors
 from modules.hypernetwork.batch import EditBatch, EditCollator, EditQueries
 from modules.hypernetwork.editor import DeltaEditor, DeltaModel
 from modules.hypernetwork.network import Hypernetwork
 from modules.interventions import checkpointed, low_rank, shape
 from modules.losses import head_of, mean_per_row, token_kl
-from modules.metrics import EditMetrics
+from modules.trained_module import TrainedModule, WarmUp
 
 CALIBRATION_CHUNK = 16  # records
 
@@ -95,7 +91,7 @@ class EditLoss:
 
 
 @dataclass
-class HyperOptimizer:
+class HyperOptimizer(WarmUp):
     """Adam at constant rates after a linear warm-up.
 
     Args:
@@ -118,12 +114,8 @@ class HyperOptimizer:
                 f"{self.lr}, {self.rates_lr}, {self.warmup_steps}"
             )
 
-    def share(self, step: int) -> float:
-        """The rate at a step, as a share of its peak."""
-        return min(1.0, (step + 1) / max(1, self.warmup_steps))
 
-
-class GradientEditor(L.LightningModule):
+class GradientEditor(TrainedModule[DeltaModel]):
     """What trained editors on gradient factors share; a subclass brings the hypernetwork.
 
     Args:
@@ -153,21 +145,16 @@ class GradientEditor(L.LightningModule):
         exact_match: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, exact_match)
         if calibration_records < 1:
             raise ValueError(f"model.calibration_records must be at least 1, got {calibration_records}")
-        self.backbone_config = backbone
         self.layers = layers or EditedLayers()
         self.queries = queries or EditQueries()
         self.loss = loss or EditLoss()
         self.optimizer_config = optimizer or HyperOptimizer()
         self.calibration_records = calibration_records
         self.gradient_checkpointing = gradient_checkpointing
-        self.exact_match = exact_match
         self.seed = seed
-        self.model: DeltaModel | None = None
-        self._answers: Answers | None = None
-        self.metrics: EditMetrics | None = None
 
     @abstractmethod
     def network(self, shapes: Mapping[str, tuple[int, int]]) -> Hypernetwork:
@@ -192,10 +179,6 @@ class GradientEditor(L.LightningModule):
 
     # ------------------------------------------------------------------ building
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.backbone_config)
-
     def collator(self) -> EditCollator:
         """How the DataModule's slots become batches."""
         return EditCollator(self.tokenizer, self.queries)
@@ -216,10 +199,7 @@ class GradientEditor(L.LightningModule):
 
     @property
     def deltas(self) -> DeltaModel:
-        if self.model is None:
-            self.configure_model()
-        assert self.model is not None
-        return self.model
+        return self.built
 
     def configure_model(self) -> None:
         """Load the backbone, and make the hypernetwork for its layers."""
@@ -236,27 +216,17 @@ class GradientEditor(L.LightningModule):
         """This module as an editor (contract of modules/editor.py)."""
         return DeltaEditor(self.deltas, self.method)
 
-    @contextmanager
-    def original(self) -> Iterator[Backbone]:
-        """The unedited model: nothing ever changes it."""
-        yield self.deltas.backbone
-
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        strategy: Any = self.trainer.strategy
         model = self.deltas.backbone.model
-        if hasattr(strategy, "hold"):
-            strategy.hold(model, keep_dtype=True)
-        else:
-            model.to(self.device)  # type: ignore[arg-type]
-        if hasattr(strategy, "register_external"):
-            strategy.register_external([p for p in head_of(model) if p is not None])
+        self.hold(model, keep_dtype=True)
+        self.register_external(head_of(model))
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.ckpt_path is None and hasattr(datamodule, "calibration_records"):
             rank_zero_info(f"statistics of the gradients of {self.calibration_records} training records ...")
             records = datamodule.calibration_records(self.calibration_records)
-            gathered = getattr(strategy, "gathered", nullcontext)
+            gathered = getattr(self.trainer.strategy, "gathered", nullcontext)
             with gathered(), self.trainer.precision_plugin.forward_context():
                 self.calibrate(records)
 
@@ -271,14 +241,12 @@ class GradientEditor(L.LightningModule):
             model.network.observe(factors)
         model.network.commit(ranks=False)
 
-    def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
+    def step_losses(self, batch: EditBatch, batch_idx: int) -> dict[str, Tensor]:
         parts = self.losses(batch, training=True)
         # an epoch, and a resumed run, begins with the first micro-batch of an optimizer step
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self.deltas.network.commit()
-        for name, value in parts.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
-        return parts["loss"]
+        return parts
 
     def losses(self, batch: EditBatch, training: bool = False) -> dict[str, Tensor]:
         """The loss and its parts for one micro-batch.
@@ -355,39 +323,19 @@ class GradientEditor(L.LightningModule):
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], betas=config.betas, eps=config.eps, weight_decay=0.0
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer, config.share)
 
     # ------------------------------------------------------------------ validation
 
-    def on_validation_epoch_start(self) -> None:
-        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
-        if self._answers is None:  # the original never changes: it is asked once in a run
-            self._answers = Answers(Edited(self.deltas.backbone))
-
-    def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
-        """One pool of validation records: the loss of each edit by itself, then all edits together by the same
-        protocols as `trainers.evaluate`."""
-        assert self._answers is not None
-        assert self.metrics is not None
-        model = self.deltas
-        slots = [Slot(r, i, i) for i, r in enumerate(batch.records)]
-        for name, value in self.losses(self._validation_collator(slots).to(self.device)).items():
-            self.log(f"val/{name}", value, batch_size=len(slots), sync_dist=True)
-        self._answers.ask(batch.records, self.exact_match)
-        with self.editor().edit(model.backbone, [r for record in batch.records for r in record.requests]) as edited:
-            self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
+    def validation_losses(self, records: Sequence[EditRecord]) -> dict[str, Tensor]:
+        """The loss of each edit by itself."""
+        slots = [Slot(r, i, i) for i, r in enumerate(records)]
+        return self.losses(self._validation_collator(slots).to(self.device))
 
     @cached_property
     def _validation_collator(self) -> EditCollator:
         """A validation batch may be one record, which has no others: as published, locality is of its own queries."""
         return EditCollator(self.tokenizer, replace(self.queries, locality_from="record"))
-
-    def on_validation_epoch_end(self) -> None:
-        assert self.metrics is not None
-        for name, value in self.metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -395,11 +343,3 @@ class GradientEditor(L.LightningModule):
         """What a checkpoint holds: the hypernetwork, and the statistics of factors."""
         every = [*self.named_parameters(), *self.named_buffers()]
         return {name for name, _ in every if name.startswith("model.")}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.configure_model()
-        if "state_dict" not in checkpoint:
-            return  # of a strategy that loads, and checks, by itself
-        names = self.trained_names()
-        if set(checkpoint["state_dict"]) != names:
-            raise ValueError(misfit(names, checkpoint["state_dict"]))

@@ -4,8 +4,8 @@ N edits, one a record; Q queries; B scored queries; T tokens.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot
+from datamodules.tensors import Tensors
 from datamodules.tokens import encode
 from modules.gist.batch import Kind, queries_by_kind
 from modules.hypernetwork.batch import Scored, padded, scored
@@ -23,7 +24,7 @@ from modules.serac.scope import ScopeConfig
 
 
 @dataclass
-class SeracBatch:
+class SeracBatch(Tensors):
     """One micro-batch. Tokens of edits and queries are the classifier's, all others those of the language models.
 
     Args:
@@ -55,16 +56,6 @@ class SeracBatch:
     share: Tensor
     in_scope: Tensor
     records: list[str]
-
-    def to(self, device: torch.device) -> "SeracBatch":
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "SeracBatch":
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "SeracBatch":
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(t) for name, t in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.records)

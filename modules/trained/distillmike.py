@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest
-from modules.backbone import Backbone, BackboneConfig, adapters_off, load_backbone, load_tokenizer
+from modules.backbone import Backbone, BackboneConfig, adapters_off, load_backbone
 from modules.checkpoint_names import misfit
 from modules.distill.editor import DistilledEditor, unknown_among
 from modules.distill.loss import kept_kl
@@ -36,12 +34,11 @@ from modules.distill.start import make, read
 from modules.distill.store import BLOCK, Answered, Teaching, file_of, teach
 from modules.distill.student import AdapterOptions, Student
 from modules.distill.teacher import asked_of
-from modules.editor import Edited, Editor
-from modules.evaluation import Answers, RecordPool, evaluate_pool
+from modules.editor import Editor
 from modules.fingerprint import weights_hash
 from modules.interventions import LowRank, checkpointed
 from modules.losses import CHUNK, head_of, mean_per_row
-from modules.metrics import EditMetrics
+from modules.trained_module import TrainedModule, WarmUp
 
 KEPT = "distilled"  # in a checkpoint: the edits, and the start
 
@@ -71,7 +68,7 @@ class DistillLoss:
 
 
 @dataclass
-class DistillOptimizer:
+class DistillOptimizer(WarmUp):
     """AdamW at a constant rate after a linear warm-up (released: torch's defaults, no warm-up).
 
     Args:
@@ -93,12 +90,8 @@ class DistillOptimizer:
                 f"{self.lr}, {self.weight_decay}, {self.warmup_steps}"
             )
 
-    def share(self, step: int) -> float:
-        """The rate at a step, as a share of its peak."""
-        return min(1.0, (step + 1) / max(1, self.warmup_steps))
 
-
-class DistillMIKE(L.LightningModule):
+class DistillMIKE(TrainedModule[Student]):
     """Distils one set of edits, the training records', into adapters.
 
     Before the first step it makes the edits that the student starts from and asks the teacher all questions; both are
@@ -134,8 +127,7 @@ class DistillMIKE(L.LightningModule):
         exact_match: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.backbone_config = backbone
+        super().__init__(backbone, exact_match)
         self.teacher = teacher
         self.start: Editor | str | None = start
         self.queries = queries or DistillQueries()
@@ -144,20 +136,12 @@ class DistillMIKE(L.LightningModule):
         self.adapters = adapters or AdapterOptions()
         self.optimizer_config = optimizer or DistillOptimizer()
         self.gradient_checkpointing = gradient_checkpointing
-        self.exact_match = exact_match
         self.seed = seed
         self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
-        self.model: Student | None = None
         self.requests: tuple[EditRequest, ...] = ()
         self.answered: Answered | None = None
-        self._answers: Answers | None = None
-        self.metrics: EditMetrics | None = None
 
     # ------------------------------------------------------------------ building
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.backbone_config)
 
     def collator(self) -> DistillCollator:
         """How the DataModule's slots become batches."""
@@ -177,10 +161,7 @@ class DistillMIKE(L.LightningModule):
 
     @property
     def student(self) -> Student:
-        if self.model is None:
-            self.configure_model()
-        assert self.model is not None
-        return self.model
+        return self.built
 
     def configure_model(self) -> None:
         """Load the backbone; in a run, make the start and ask the teacher; then put the adapters in."""
@@ -281,18 +262,10 @@ class DistillMIKE(L.LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        strategy: Any = self.trainer.strategy
-        if hasattr(strategy, "register_external"):
-            strategy.register_external([p for p in head_of(self.student.language_model) if p is not None])
+        self.register_external(head_of(self.student.language_model))
 
     def on_train_epoch_start(self) -> None:
         self.student.eval()  # neither teacher nor student drops anything out (published: dropout 0)
-
-    def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
-        parts = self.losses(batch)
-        for name, value in parts.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
-        return parts["loss"]
 
     def losses(self, batch: DistillBatch) -> dict[str, Tensor]:
         """The loss and its parts for one micro-batch: `ike` of questions in scope, `base` of the others, each a share
@@ -322,31 +295,7 @@ class DistillMIKE(L.LightningModule):
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # ------------------------------------------------------------------ validation
-
-    def on_validation_epoch_start(self) -> None:
-        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
-        if self._answers is None:  # the original never changes: it is asked once in a run
-            self._answers = Answers(Edited(self.student.backbone))
-
-    def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
-        """One pool of the distilled records, by the same protocols as `trainers.evaluate`; all edits are in force."""
-        assert self._answers is not None
-        assert self.metrics is not None
-        with self.original():
-            self._answers.ask(batch.records, self.exact_match)
-        requests = [r for record in batch.records for r in record.requests]
-        with self.editor().edit(self.student.backbone, requests) as edited:
-            self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
-
-    def on_validation_epoch_end(self) -> None:
-        assert self.metrics is not None
-        for name, value in self.metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
+        return self.scheduled(optimizer, config.share)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -355,8 +304,7 @@ class DistillMIKE(L.LightningModule):
         return {n for n, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = self.trained_names()
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in names}
+        super().on_save_checkpoint(checkpoint)
         start = {n: {"a": t.a.cpu(), "b": t.b.cpu()} for n, t in self.student.start.items()}
         checkpoint[KEPT] = {"requests": [asdict(r) for r in self.requests], "start": start}
 

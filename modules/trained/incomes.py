@@ -7,30 +7,24 @@ B queries, T tokens, n scored tokens, N edits.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, load_backbone, load_tokenizer
-from modules.checkpoint_names import misfit
-from modules.editor import Edited
-from modules.evaluation import Answers, RecordPool, evaluate_pool
+from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, load_backbone
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig, GistModel
 from modules.losses import edit_sensitivity, head_of, mean_per_row, token_ce_and_kl, token_log_probs, weighted_mean
-from modules.metrics import EditMetrics
 from modules.trained.incomes_config import LoraOptions, LossConfig, OptimizerConfig
+from modules.trained_module import TrainedModule
 
 
-class InComeS(L.LightningModule):
+class InComeS(TrainedModule[GistModel]):
     """The trained editor of arXiv 2505.22156.
 
     Args:
@@ -72,8 +66,7 @@ class InComeS(L.LightningModule):
         exact_match: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.backbone_config = backbone
+        super().__init__(backbone, exact_match)
         self.gist_config = gist or GistConfig()
         self.queries = queries or QueryConfig()
         self.loss = loss or LossConfig()
@@ -86,19 +79,11 @@ class InComeS(L.LightningModule):
         self.calibration_records = calibration_records
         self.calibration_steps = calibration_steps
         self.gradient_checkpointing = gradient_checkpointing
-        self.exact_match = exact_match
         self.seed = seed
         self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
-        self.model: GistModel | None = None
-        self._answers: Answers | None = None
         self._outside: dict[str, Any] = {}  # what must be neither trained, sharded nor saved: the teacher
-        self.metrics: EditMetrics | None = None
 
     # ------------------------------------------------------------------ building
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.backbone_config)
 
     def collator(self) -> GistCollator:
         """How the DataModule's slots become batches."""
@@ -106,10 +91,7 @@ class InComeS(L.LightningModule):
 
     @property
     def gists(self) -> GistModel:
-        if self.model is None:
-            self.configure_model()
-        assert self.model is not None
-        return self.model
+        return self.built
 
     def configure_model(self) -> None:
         """Load the backbone, put the teacher aside, choose what is trained, calibrate selection."""
@@ -199,23 +181,17 @@ class InComeS(L.LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        strategy: Any = self.trainer.strategy
         if "teacher" in self._outside:
-            hold = getattr(strategy, "hold", None)  # a strategy that shares out weights (ZeRO-3)
-            hold(self._outside["teacher"]) if hold else self._outside["teacher"].to(self.device)
-        if hasattr(strategy, "register_external"):
-            heads = [head_of(m) for m in (self.gists.language_model, self.gists.reader.model, self.teacher)]
-            own = [p for n, p in self.gists.named_parameters() if not n.startswith("language_model.")]
-            strategy.register_external([*own, *(p for head in heads for p in head if p is not None)])
+            self.hold(self._outside["teacher"])
+        heads = [head_of(m) for m in (self.gists.language_model, self.gists.reader.model, self.teacher)]
+        own = [p for n, p in self.gists.named_parameters() if not n.startswith("language_model.")]
+        self.register_external([*own, *(p for head in heads for p in head)])
 
     def on_train_epoch_start(self) -> None:
         self.gists.language_model.train()
 
-    def training_step(self, batch: GistBatch, batch_idx: int) -> Tensor:
-        parts = self.losses(batch, self.visible(batch))
-        for name, value in parts.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
-        return parts["loss"]
+    def step_losses(self, batch: GistBatch, batch_idx: int) -> dict[str, Tensor]:
+        return self.losses(batch, self.visible(batch))
 
     def visible(self, batch: GistBatch) -> Tensor:
         """Which edits each query sees [B, N]: its pool; in the warm-up its own edit and a growing share of that."""
@@ -227,8 +203,8 @@ class InComeS(L.LightningModule):
         own = torch.arange(batch.visible.shape[1], device=batch.visible.device)[None] == batch.golden[:, None]
         return batch.visible & (others | own)
 
-    def losses(self, batch: GistBatch, visible: Tensor) -> dict[str, Tensor]:
-        """The loss and its parts for one micro-batch. Positions: the token at i is predicted at i - 1."""
+    def losses(self, batch: GistBatch, visible: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """See `TrainedModule.losses`. Positions: the token at i is predicted at i - 1."""
         config, model = self.loss, self.gists
         everywhere = batch.queries_mask.bool()
         wanted = everywhere if "all" in (config.ce_on, config.kl_on) else batch.answer
@@ -300,33 +276,7 @@ class InComeS(L.LightningModule):
             [g for g in groups if g["params"]], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         steps = config.decay_steps or self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.share(step, int(steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # ------------------------------------------------------------------ validation
-
-    def on_validation_epoch_start(self) -> None:
-        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
-        if self._answers is None:  # the original never changes: it is asked once in a run
-            self._answers = Answers(Edited(self.gists.backbone))
-
-    def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
-        """One pool of validation records, by the same protocols as `trainers.evaluate`."""
-        assert self._answers is not None
-        assert self.metrics is not None
-        with self.original() as backbone:
-            self._answers.model = Edited(backbone)
-            self._answers.ask(batch.records, self.exact_match)
-        with self.editor().edit(
-            self.gists.backbone, [r for record in batch.records for r in record.requests]
-        ) as edited:
-            self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
-
-    def on_validation_epoch_end(self) -> None:
-        assert self.metrics is not None
-        for name, value in self.metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
+        return self.scheduled(optimizer, lambda step: config.share(step, int(steps)))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -334,18 +284,6 @@ class InComeS(L.LightningModule):
         """What a checkpoint holds: trained parameters, and the statistics that selection starts from."""
         names = {n for n, p in self.named_parameters() if p.requires_grad}
         return names | {n for n, _ in self.named_buffers() if n.startswith("model.matcher.")}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self.trained_names()
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in kept}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.configure_model()
-        if "state_dict" not in checkpoint:
-            return  # of a strategy that loads, and checks, by itself
-        names = self.trained_names()
-        if set(checkpoint["state_dict"]) != names:
-            raise ValueError(misfit(names, checkpoint["state_dict"]))
 
 
 def block_mask(blocks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@ N edits, Q queries, B readings, T tokens, n scored tokens.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,25 +17,22 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from datamodules.records import EditRecord
 from datamodules.schedule import Slot
-from modules.backbone import Backbone, BackboneConfig, load_backbone, load_tokenizer
-from modules.checkpoint_names import misfit
-from modules.editor import Edited
-from modules.evaluation import Answers, RecordPool, evaluate_pool
+from modules.backbone import BackboneConfig, load_backbone, load_tokenizer
 from modules.gradients import answer_loss, predicting
 from modules.interventions import checkpointed
 from modules.losses import CHUNK, head_of, mean_per_row
-from modules.metrics import EditMetrics
 from modules.serac.batch import SeracBatch, SeracCollator, SeracQueries
-from modules.serac.editor import SeracEditor
+from modules.serac.editor import SeracEdited, SeracEditor
 from modules.serac.encoder import TextEncoder
 from modules.serac.losses import mixture_losses, scope_loss
 from modules.serac.metrics import ScopeAccuracy, scope_answers
 from modules.serac.model import SeracModel, same_tokens
 from modules.serac.negatives import HardNegatives
 from modules.serac.scope import ScopeClassifier, ScopeConfig
+from modules.trained_module import TrainedModule, WarmUp
 
 
 @dataclass
@@ -63,7 +60,7 @@ class SeracLoss:
 
 
 @dataclass
-class SeracOptimizer:
+class SeracOptimizer(WarmUp):
     """Adam at constant rates after a linear warm-up.
 
     Args:
@@ -86,12 +83,8 @@ class SeracOptimizer:
                 f"{self.lr}, {self.scope_lr}, {self.warmup_steps}"
             )
 
-    def share(self, step: int) -> float:
-        """The rate at a step, as a share of its peak."""
-        return min(1.0, (step + 1) / max(1, self.warmup_steps))
 
-
-class SERAC(L.LightningModule):
+class SERAC(TrainedModule[SeracModel]):
     """The trained editor of arXiv 2206.06520.
 
     Args:
@@ -125,8 +118,7 @@ class SERAC(L.LightningModule):
         gradient_checkpointing: bool = False,
         exact_match: bool = False,
     ) -> None:
-        super().__init__()
-        self.backbone_config = backbone
+        super().__init__(backbone, exact_match)
         self.counterfactual = counterfactual or replace(backbone, dtype="float32")
         self.scope = scope or ScopeConfig()
         self.queries = queries or SeracQueries()
@@ -135,19 +127,11 @@ class SERAC(L.LightningModule):
         self.supervised = supervised
         self.soft = soft or not supervised
         self.gradient_checkpointing = gradient_checkpointing
-        self.exact_match = exact_match
         self.strict_loading = False  # a tied head is in a checkpoint once; on_load_checkpoint checks what is there
-        self.model: SeracModel | None = None
         self._hard: HardNegatives | None = None
-        self._answers: Answers | None = None
-        self.metrics: EditMetrics | None = None
         self.scope_accuracy: ScopeAccuracy | None = None
 
     # ------------------------------------------------------------------ building
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.backbone_config)
 
     def collator(self) -> SeracCollator:
         """How the DataModule's slots become batches."""
@@ -180,10 +164,7 @@ class SERAC(L.LightningModule):
 
     @property
     def serac(self) -> SeracModel:
-        if self.model is None:
-            self.configure_model()
-        assert self.model is not None
-        return self.model
+        return self.built
 
     def configure_model(self) -> None:
         """Load the base model, the counterfactual model and the classifier's encoder.
@@ -203,23 +184,13 @@ class SERAC(L.LightningModule):
         """This module as an editor (contract of modules/editor.py)."""
         return SeracEditor(self.serac, self.soft)
 
-    @contextmanager
-    def original(self) -> Iterator[Backbone]:
-        """The unedited model: nothing ever changes it."""
-        yield self.serac.backbone
-
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # where dropout is off
-        strategy: Any = self.trainer.strategy
         base, counterfactual = self.serac.backbone.model, self.serac.counterfactual.model
-        if hasattr(strategy, "hold"):
-            strategy.hold(base, keep_dtype=True)
-        else:
-            base.to(self.device)  # type: ignore[arg-type]
-        if hasattr(strategy, "register_external"):
-            strategy.register_external([p for m in (base, counterfactual) for p in head_of(m) if p is not None])
+        self.hold(base, keep_dtype=True)
+        self.register_external([*head_of(base), *head_of(counterfactual)])
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.supervised and self.queries.hard.rate and hasattr(datamodule, "calibration_records"):
             self._hard = self._mined(datamodule)
@@ -232,14 +203,7 @@ class SERAC(L.LightningModule):
         encoder = TextEncoder(config.encoder).requires_grad_(False)
         return HardNegatives(config, encoder, records)
 
-    def training_step(self, batch: SeracBatch, batch_idx: int) -> Tensor:
-        parts = self.losses(batch)
-        for name, value in parts.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
-        return parts["loss"]
-
     def losses(self, batch: SeracBatch) -> dict[str, Tensor]:
-        """The loss and its parts for one micro-batch."""
         model, config, records = self.serac, self.loss, len(batch)
         queries = model.scope(batch.queries, batch.queries_mask)
         edits = model.scope(batch.edits, batch.edits_mask)
@@ -297,32 +261,23 @@ class SERAC(L.LightningModule):
         ]
         # without weight decay AdamW is Adam
         optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer, config.share)
 
     # ------------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
-        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
+        super().on_validation_epoch_start()
         self.scope_accuracy = ScopeAccuracy().to(self.device)
-        if self._answers is None:  # the original never changes: it is asked once in a run
-            self._answers = Answers(Edited(self.serac.backbone))
 
-    def validation_step(self, batch: RecordPool, batch_idx: int) -> None:
-        """One pool of validation records: the loss of each record by itself, then all edits in one memory by the same
-        protocols as `trainers.evaluate`, and the classifier's accuracy over that memory."""
-        assert self._answers is not None
-        assert self.metrics is not None
+    def validation_losses(self, records: Sequence[EditRecord]) -> dict[str, Tensor]:
+        """The loss of each record by itself."""
+        slots = [Slot(r, i, i) for i, r in enumerate(records)]
+        return self.losses(self._validation_collator(slots).to(self.device))
+
+    def look(self, edited: SeracEdited, records: Sequence[EditRecord]) -> None:
+        """The classifier's accuracy over the memory of a pool."""
         assert self.scope_accuracy is not None
-        slots = [Slot(r, i, i) for i, r in enumerate(batch.records)]
-        for name, value in self.losses(self._validation_collator(slots).to(self.device)).items():
-            self.log(f"val/{name}", value, batch_size=len(slots), sync_dist=True)
-        self._answers.ask(batch.records, self.exact_match)
-        requests = [r for record in batch.records for r in record.requests]
-        with self.editor().edit(self.serac.backbone, requests) as edited:
-            self.metrics.update(evaluate_pool(edited, self._answers, batch.records, self.exact_match))
-            self.scope_accuracy.update(scope_answers(edited, batch.records))
+        self.scope_accuracy.update(scope_answers(edited, records))
 
     @cached_property
     def _validation_collator(self) -> SeracCollator:
@@ -330,10 +285,8 @@ class SERAC(L.LightningModule):
         return SeracCollator(self.tokenizer, self.scope, self.queries, mixture=not self.supervised)
 
     def on_validation_epoch_end(self) -> None:
-        assert self.metrics is not None
+        super().on_validation_epoch_end()
         assert self.scope_accuracy is not None
-        for name, value in self.metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
         for name, value in self.scope_accuracy.compute().items():
             self.log(f"val/scope/{name}", value, sync_dist=True)
 
@@ -342,15 +295,3 @@ class SERAC(L.LightningModule):
     def trained_names(self) -> set[str]:
         """What a checkpoint holds: the counterfactual model and the classifier, a tied head once."""
         return {name for name, _ in self.named_parameters() if name.startswith("model.")}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self.trained_names()
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in kept}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.configure_model()
-        if "state_dict" not in checkpoint:
-            return  # of a strategy that loads, and checks, by itself
-        names = self.trained_names()
-        if set(checkpoint["state_dict"]) != names:
-            raise ValueError(misfit(names, checkpoint["state_dict"]))
