@@ -127,9 +127,10 @@ class EditDataModule(L.LightningDataModule):
             ValueError: naming the setting.
             FileNotFoundError: for a file of records that is not there.
         """
-        for sources in (self.train, self.val, self.test):
-            if sources or sources is self.train:
-                check_sources(sources or [])
+        check_sources(self.train)
+        for sources in (self.val, self.test):
+            if sources:
+                check_sources(sources)
         if ranks > 1 and self.val_records < ranks * self.val_pool:
             raise ValueError(
                 f"val_records {self.val_records} are too few for {ranks} ranks with pools of val_pool {self.val_pool}: "

@@ -4,7 +4,6 @@ A file holds what its result hangs on in plain words beside the result, and is r
 """
 
 import json
-import os
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 import modules
+from modules.kept_tensors import folder as kept_folder
 from trainers.report import write_json
-
-FOLDER = "PALIMPSEST_CACHE"
 
 
 class ResultCache:
@@ -27,9 +25,7 @@ class ResultCache:
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        base = os.environ.get(FOLDER)
-        home = Path(base).expanduser() if base else Path.home() / ".cache" / "palimpsest"
-        self.folder = Path(folder).expanduser() if folder else home / "results"
+        self.folder = Path(folder).expanduser() if folder else kept_folder() / "results"
 
     def get(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The result that was put there under this key (JSON values); None where there is none, or none to be read."""
