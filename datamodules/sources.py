@@ -36,7 +36,8 @@ class Source:
             variable PALIMPSEST_DATA; `hub:owner/name:split` on the Hugging Face hub (see `readers.hub`); for "hub" the
             data set's name; none for records that are generated ("facts").
         options: further arguments of the format's reader, such as `split: val` for "facts".
-        limit: take the first records only, this many at most.
+        skip: pass over so many records at the beginning.
+        limit: of what follows, take the first records only, this many at most.
         sample: of those, draw so many by `seed`; all of them where they are fewer. The few-shot rows of IBKE draw 512
             from the training set of each further source.
         seed: of that draw.
@@ -45,7 +46,7 @@ class Source:
         on_error: what to do at a malformed record: "raise", or "skip" and count.
 
     Raises:
-        ValueError: for an unknown format, or a limit, sample or weight that is not positive.
+        ValueError: for an unknown format, a negative skip, or a limit, sample or weight that is not positive.
     """
 
     format: str
@@ -56,10 +57,13 @@ class Source:
     on_error: Literal["raise", "skip"] = "raise"
     sample: int | None = None
     seed: int = 0
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r}; known formats: {', '.join(FORMATS)}")
+        if self.skip < 0:
+            raise ValueError(f"skip must not be negative, got {self.skip}: {self.name}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 (or null for all records), got {self.limit}: {self.name}")
         if self.sample is not None and self.sample < 1:
@@ -198,6 +202,7 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
         "format": source.format,
         "path": str(path) if path else source.path,
         "options": options,
+        "skip": source.skip,
         "limit": source.limit,
         "version": (path and _state(path), _code()),
     }
@@ -206,8 +211,11 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
         table = datasets.Dataset.from_generator(_rows, features=_FEATURES, cache_dir=cache_dir, gen_kwargs=what)  # type: ignore[arg-type]
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None  # the reader's own error says which record is wrong
-    if not len(table):
-        raise ValueError(f"{source.name}: no records; check its options: {source.options}")
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        skipped = f", skip: {source.skip}" if source.skip else ""
+        raise ValueError(f"{source.name}: no records; check its options: {source.options}{skipped}") from None
     if source.sample is not None and source.sample < len(table):
         draw = random.Random(stable_hash("sample", source.seed))
         table = table.select(sorted(draw.sample(range(len(table)), source.sample)))
@@ -221,9 +229,9 @@ def _state(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _rows(
-    format: str, path: str | None, options: dict[str, Any], limit: int | None, version: object
+    format: str, path: str | None, options: dict[str, Any], skip: int, limit: int | None, version: object
 ) -> Iterator[dict[str, str]]:
-    for record in islice(read(format, path, **options), limit):
+    for record in islice(read(format, path, **options), skip, None if limit is None else skip + limit):
         yield {"record": record.to_json()}
 
 

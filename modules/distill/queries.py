@@ -8,6 +8,7 @@ B queries, T tokens.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from datamodules.tensors import Tensors
-from datamodules.tokens import encode, pad, pad_id
+from datamodules.tokens import Encoded, encode, pad, pad_id
 
 
 class Question(NamedTuple):
@@ -39,6 +40,8 @@ class DistillQueries:
         both_targets: also put the answer of before the edit after prompts in scope, and the new one after locality
             prompts, where the source names them (released code).
         per_record: draw so many of all these for each visit of a record; by default a visit asks all.
+        passes: a micro-batch goes through the model in so many parts of questions of like length, each padded to its
+            own longest one: CounterFact's rephrases are twice as long as its prompts. Never more than it has records.
         max_query_tokens: records with longer ones are left out. So are records that ask nothing.
     """
 
@@ -46,13 +49,15 @@ class DistillQueries:
     locality: int = 2
     both_targets: bool = True
     per_record: int | None = None
+    passes: int = 4
     max_query_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if (self.rephrases or 0) < 0 or self.locality < 0 or (self.per_record is not None and self.per_record < 1):
+        fewest = min(self.passes, 1 if self.per_record is None else self.per_record)
+        if (self.rephrases or 0) < 0 or self.locality < 0 or fewest < 1:
             raise ValueError(
-                "queries.rephrases and locality must not be negative, and per_record at least 1; got "
-                f"{self.rephrases}, {self.locality}, {self.per_record}"
+                "queries.rephrases and locality must not be negative, per_record and passes at least 1; got "
+                f"{self.rephrases}, {self.locality}, {self.per_record}, {self.passes}"
             )
 
 
@@ -72,13 +77,14 @@ def questions_of(record: EditRecord, config: DistillQueries) -> list[Question]:
 
 @dataclass
 class DistillBatch(Tensors):
-    """One micro-batch.
+    """One micro-batch, the shortest queries first.
 
     Args:
         queries, queries_mask, queries_answer: prompts with their targets [B, T], right-padded, and the target's tokens.
         record: the record that each query is of [B].
         asked: the same queries as text.
         records: ids.
+        passes: what goes through the model together: first row, end, and tokens of the longest one.
     """
 
     queries: Tensor
@@ -87,6 +93,7 @@ class DistillBatch(Tensors):
     record: Tensor
     asked: list[Question]
     records: list[str]
+    passes: list[tuple[int, int, int]]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -108,15 +115,20 @@ class DistillCollator:
         return all(len(row.ids) <= self.config.max_query_tokens and row.target_start for row in rows)
 
     def __call__(self, slots: Sequence[Slot]) -> DistillBatch:
-        asked, record = [], []
+        every: list[tuple[int, Question, Encoded]] = []
         for i, slot in enumerate(slots):
             questions = questions_of(slot.record, self.config)
             if self.config.per_record is not None:
                 draw = random.Random(slot.seed)
                 questions = draw.sample(questions, min(self.config.per_record, len(questions)))
-            asked += questions
-            record += [i] * len(questions)
-        rows = [encode(self.tokenizer, q.prompt, q.target) for q in asked]
+            every += [(i, q, encode(self.tokenizer, q.prompt, q.target)) for q in questions]
+        every.sort(key=lambda one: len(one[2].ids))
+        record, asked, rows = zip(*every, strict=True)
         ids, mask = pad([row.ids for row in rows], pad_id(self.tokenizer))
         answer, _ = pad([[i >= row.target_start for i in range(len(row.ids))] for row in rows], 0)
-        return DistillBatch(ids, mask, answer.bool(), torch.tensor(record), asked, [s.record.id for s in slots])
+        # every record asks something, and all ranks have as many of them: under ZeRO-3 all must make as many passes
+        count = min(self.config.passes, len(slots))
+        ends = [len(rows) * i // count for i in range(count + 1)]
+        passes = [(a, b, len(rows[b - 1].ids)) for a, b in pairwise(ends)]
+        names = [slot.record.id for slot in slots]
+        return DistillBatch(ids, mask, answer.bool(), torch.tensor(record), list(asked), names, passes)

@@ -277,10 +277,15 @@ class DistillMIKE(TrainedModule[Student]):
     def _losses(self, batch: DistillBatch) -> dict[str, Tensor]:
         assert self.answered is not None, "the teacher is asked when a run begins"
         config, student = self.loss, self.student
-        hidden = student(batch.queries, batch.queries_mask)  # [B, T, d]
-        row, at = batch.queries_answer.nonzero(as_tuple=True)  # [n]; the token at i is predicted at i - 1
-        taught, inside = self.answered.look_up(batch.asked, hidden.device)
-        kl = kept_kl(hidden[row, at - 1], head_of(student.language_model), taught, config.chunk)
+        answer = batch.queries_answer
+        states = []
+        for first, end, width in batch.passes:
+            rows = slice(first, end)
+            hidden = student(batch.queries[rows, :width], batch.queries_mask[rows, :width])  # [rows, width, d]
+            states.append(hidden[:, :-1][answer[rows, 1:width]])  # the token at i is predicted at i - 1
+        row = answer.nonzero(as_tuple=True)[0]  # [n]
+        taught, inside = self.answered.look_up(batch.asked, row.device)
+        kl = kept_kl(torch.cat(states), head_of(student.language_model), taught, config.chunk)
         asked = batch.record.bincount(minlength=len(batch))
         each = mean_per_row(kl, row, len(batch.asked)) / (asked[batch.record] * len(batch))  # [B]
         parts = {"ike": (each * inside).sum(), "base": (each * ~inside).sum()}

@@ -77,6 +77,21 @@ def test_a_sample_is_drawn_from_the_whole_source_by_its_seed(tmp_path: Path) -> 
         Source("facts", sample=0)
 
 
+def test_one_file_is_split_by_skip_and_limit(tmp_path: Path) -> None:
+    """Edits and demonstrations of one file, none of them both."""
+    cache, a = str(tmp_path / "cache"), write(tmp_path / "a.jsonl", 10)
+    first, then, rest = (
+        ids(load([Source("records", a, **where)], cache))
+        for where in ({"limit": 4}, {"skip": 4, "limit": 4}, {"skip": 8})
+    )
+    assert [first, then, rest] == [[f"r{i}" for i in part] for part in (range(4), range(4, 8), range(8, 10))]
+    assert set(ids(load([Source("records", a, skip=5, sample=3)], cache))) < {f"r{i}" for i in range(5, 10)}
+    with pytest.raises(ValueError, match=r"no records; check its options: .*skip: 10"):
+        load([Source("records", a, skip=10)], cache)
+    with pytest.raises(ValueError, match="skip must not be negative, got -1"):
+        Source("facts", skip=-1)
+
+
 def test_cache_is_used_again_and_renewed_when_the_file_changes(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     source = Source("records", write(path, 3))

@@ -16,7 +16,7 @@ from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot
 from datamodules.tokens import encode
 from modules.backbone import Backbone, BackboneConfig
-from modules.distill.queries import DistillQueries, questions_of
+from modules.distill.queries import DistillCollator, DistillQueries, questions_of
 from modules.distill.store import Answered, Teaching, file_of, teach
 from modules.distill.student import AdapterOptions, Student
 from modules.distill.teacher import asked_of
@@ -115,6 +115,12 @@ def test_any_split_gives_the_same_gradient(trained: Callable[..., DistillMIKE], 
     whole = gradient(slots)
     for name, split in gradient(slots[:2], slots[2:]).items():
         torch.testing.assert_close(split, whole[name])
+    one_pass = DistillCollator(module.tokenizer, DistillQueries(passes=1))(slots)
+    assert len(one_pass.passes) == 1 < len(collate(slots).passes)
+    module.zero_grad()
+    module.losses(one_pass)["loss"].backward()
+    for name, together in ((n, p.grad) for n, p in module.named_parameters() if p.grad is not None):
+        torch.testing.assert_close(together, whole[name])
     module.gradient_checkpointing = True
     for name, again in gradient(slots).items():
         torch.testing.assert_close(again, whole[name])

@@ -95,7 +95,8 @@ def count(batch: Any) -> Tensor:
         raise ValueError(f"{type(batch).__name__} has no tensor named ..._mask, so its tokens cannot be counted")
     tokens = torch.stack([m.count_nonzero() for m in masks]).sum()
     blocks = [v for k, v in tensors.items() if k.endswith("_blocks")]
-    positions = sum(t.numel() for t in (*masks, *blocks))
+    passes = getattr(batch, "passes", None)  # rows of like length, which are cut to the longest of each part
+    positions = sum((b - a) * width for a, b, width in passes) if passes else sum(t.numel() for t in (*masks, *blocks))
     filled = torch.stack([t.count_nonzero() for t in (*masks, *blocks)]).sum()
     counts = [tokens, torch.full_like(tokens, len(batch)), positions - filled, torch.full_like(tokens, positions)]
     return torch.stack(counts)

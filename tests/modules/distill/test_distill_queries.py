@@ -8,6 +8,7 @@ from datamodules.schedule import Slot
 from modules.backbone import BackboneConfig, load_tokenizer
 from modules.distill.queries import DistillCollator, DistillQueries, Question, questions_of
 from modules.gist.batch import queries_by_kind
+from trainers.callbacks.throughput import count
 
 REQUEST = EditRequest("Bo works for", "Boeing", "Bo", old_target="Peugeot")
 RECORD = EditRecord(
@@ -68,7 +69,9 @@ def test_batch(tokenizer: PreTrainedTokenizerBase) -> None:
     batch = collate([Slot(RECORD, 0, 1), Slot(short, 0, 2)])
     assert batch.records == ["made/Bo", "s"]
     assert len(batch) == 2
-    assert batch.record.tolist() == [0] * 8 + [1] * 2
+    asked = [questions_of(r, collate.config) for r in (RECORD, short)]
+    own = zip(batch.record.tolist(), batch.asked, strict=True)
+    assert sorted(own) == [(i, q) for i, of in enumerate(asked) for q in sorted(of)]
     for i, question in enumerate(batch.asked):
         answer = tokenizer.decode(batch.queries[i][batch.queries_answer[i]])
         assert answer.strip() == question.target
@@ -76,12 +79,30 @@ def test_batch(tokenizer: PreTrainedTokenizerBase) -> None:
         assert whole == f"{question.prompt} {question.target}"
 
 
+def test_questions_of_like_length_go_together(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As many passes as asked for, whatever the lengths are, and no more than records; each holds its rows whole."""
+    long = EditRecord("long", (EditRequest("Where, if that may be asked at all, does Bo work?", "Fiat", "Bo"),))
+    slots = [Slot(RECORD, 0, 1), Slot(long, 0, 2), Slot(RECORD, 0, 3)]
+    for wanted, passes in ((1, 1), (2, 2), (4, 3)):
+        batch = DistillCollator(tokenizer, DistillQueries(passes=wanted))(slots)
+        lengths = batch.queries_mask.sum(1).tolist()
+        assert lengths == sorted(lengths)
+        assert len(batch.passes) == passes
+        assert [i for a, b, _ in batch.passes for i in range(a, b)] == list(range(len(lengths)))
+        assert all(width == max(lengths[a:b]) for a, b, width in batch.passes)
+        tokens, queries, padding, positions = count(batch).tolist()
+        assert (tokens, queries, padding) == (sum(lengths), 3, positions - tokens)
+        assert positions == sum((b - a) * max(lengths[a:b]) for a, b, _ in batch.passes)
+        assert (positions < batch.queries.numel()) == (passes > 1)
+
+
 def test_draws_hang_on_the_slot_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     collate = DistillCollator(tokenizer, DistillQueries(per_record=3))
     one = collate([Slot(RECORD, 0, 5), Slot(RECORD, 0, 6)])
     two = collate([Slot(RECORD, 3, 6)])
-    assert len(one.asked) == 6
-    assert one.asked[3:] == two.asked != one.asked[:3]
+    of = [{q for q, i in zip(one.asked, one.record.tolist(), strict=True) if i == record} for record in (0, 1)]
+    assert (len(one.asked), len(of[0])) == (6, 3)
+    assert of[1] == set(two.asked) != of[0]
 
 
 def test_what_cannot_be_trained_on_does_not_fit(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,7 +113,7 @@ def test_what_cannot_be_trained_on_does_not_fit(tokenizer: PreTrainedTokenizerBa
     assert queries_by_kind(RECORD)["portability"]  # which is not distilled
 
 
-@pytest.mark.parametrize("wrong", [{"per_record": 0}, {"locality": -1}, {"rephrases": -1}])
+@pytest.mark.parametrize("wrong", [{"per_record": 0}, {"passes": 0}, {"locality": -1}, {"rephrases": -1}])
 def test_settings_are_checked(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"queries\.rephrases"):
         DistillQueries(**wrong)

@@ -93,7 +93,16 @@ class Distillation(Family):
         record = torch.arange(plan.records).repeat_interleave(each)
         questions, none = [Question("", "")] * rows, torch.empty(0, dtype=torch.long)
         answer = answer & mask.bool()
-        return _Longest(torch.ones_like(mask), mask, answer, record, questions, ["longest"] * plan.records, none)
+        return _Longest(
+            torch.ones_like(mask),
+            mask,
+            answer,
+            record,
+            questions,
+            ["longest"] * plan.records,
+            [(0, rows, tokens)],
+            none,
+        )
 
     def loss(self, module: DistillMIKE, batch: DistillBatch) -> Tensor:
         module.answered = _Answers(module, int(batch.queries_answer.sum()))  # type: ignore[assignment]
