@@ -19,11 +19,11 @@ from datamodules.records import EditRequest
 from datamodules.tokens import Encoded
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.gradients import answer_loss
 from modules.hypernetwork.batch import Scored, padded
 from modules.interventions import Hook, hooked, shape
 from modules.training_free.codebook import Codebook
 from modules.training_free.locate import layer_numbers
+from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from modules.training_free.shared import (
     Layer,
     encode_targets,
@@ -33,6 +33,7 @@ from modules.training_free.shared import (
     to_make,
     tuning,
 )
+from modules.training_free.subject import Row
 
 Replace = Literal["last", "prompt"]
 
@@ -114,26 +115,32 @@ class GRACE(Editor):
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def tune(self, backbone: Backbone, rows: Sequence[Scored], values: Tensor) -> Tensor:
-        """Values [N, d_out] under which each row's target is likely, from these."""
-        name, device = self.place(backbone), backbone.device
-        ids, mask, answer = (t.to(device) for t in padded(backbone.tokenizer, rows))
-        at = replaced(torch.tensor([row.start - 1 for row in rows], device=device), mask, self.replace)
+        """Values [N, d_out] under which each row's target is likely, from these. Where only the prompt's last token is
+        replaced, what stands before it is read once."""
+        (number,) = layer_numbers(backbone, [self.layer])
+        begin = [row.start - 1 if self.replace == "last" else 0 for row in rows]
+        prompts = [Prompt(Row(r.ids, b, r.start), e, 1.0) for e, (r, b) in enumerate(zip(rows, begin, strict=True))]
+        left: Prepared | None = prepare_rows(backbone, prompts, number)
+        last = torch.tensor([r.start - 1 - b for r, b in zip(rows, begin, strict=True)], device=backbone.device)
         values = values.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=self.lr)
         for _ in range(self.steps):
-            with hooked(backbone.model, {name: replacing(values, at)}):
-                out = backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-                losses = answer_loss(backbone, out.last_hidden_state, ids, answer)  # [N]
+            own = left.mask[:, -left.ids.shape[1] :]
+            at = replaced(last[left.edit], own, self.replace)
+            with hooked(backbone.model, {self.place(backbone): replacing(values[left.edit], at)}):
+                losses = left.losses(backbone, lambda hidden: hidden, len(rows))  # [N]
             if not bool(losses.isfinite().all()):
                 raise FloatingPointError(f"grace: the loss is no number any more; lower lr ({self.lr})")
-            done = losses < self.stop_at
-            if bool(done.all()):
-                break
+            active = torch.zeros(len(rows), dtype=torch.bool, device=losses.device)
+            active[left.edit] = losses[left.edit] >= self.stop_at
             (values.grad,) = torch.autograd.grad(losses.sum(), [values])
-            before = values.detach()[done]
+            before = values.detach()[~active]
             optimizer.step()
             with torch.no_grad():
-                values[done] = before  # Adam moves on without a gradient too
+                values[~active] = before  # Adam moves on without a gradient too
+            left = left.keep(active)
+            if left is None:
+                break
         return values.detach()
 
 
@@ -220,7 +227,8 @@ class GraceEdited(Edited):
                     book, fresh = book.place(query, row.ids[row.start :], editor.epsilon)
                     if fresh or editor.tune_expanded:
                         tuned[book.key_of[-1]] = row
-            values, keys = book.values.clone(), list(tuned)
+            values = book.values.clone()
+            keys = sorted(tuned, key=lambda key: len(tuned[key].ids))  # little padding
             for key in range(len(self.codebook.keys), len(values)):
                 draw = torch.Generator().manual_seed(editor.seed + key)  # the same one by one as all at once
                 values[key] = torch.rand(values.shape[1], generator=draw).to(values)

@@ -1,9 +1,10 @@
-"""Prompts ready to be read again and again with something added at the subject's last token.
+"""Texts ready to be read again and again with something added from one token and one layer on: the values of ROME and
+MEMIT at the subject's last token, those of GRACE at the prompt's, the change of FT at all tokens.
 
 What stands before that token, and what the layers below compute, never changes: they run once, and every further pass
-takes their keys, values and states from there and runs the layers above over the last few tokens alone.
+takes their keys, values and states from there and runs the layers above over the tokens that are left alone.
 
-R rows, S tokens from the subject's last one on, P tokens before it, d hidden width, E edits, n predicted tokens.
+R rows, S tokens from that one on (`Row.subject`), P tokens before it, d hidden width, E edits, n predicted tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ class Prepared:
     """Rows of one pass, with what never changes of them.
 
     Args:
-        ids: from the subject's last token on [R, S], right-padded; mask [R, P + S]; positions [R, S].
+        ids: from the first token that may change on [R, S], right-padded; mask [R, P + S]; positions [R, S].
         hidden: what comes into layer `start` at these tokens [R, S, d].
         cached: keys and values [R, h, P, dh] of the tokens before, by layer; of layers below, of one row.
         edit, weight: [R].
@@ -73,7 +74,7 @@ class Prepared:
 
     def losses(self, backbone: Backbone, adding: Adding, count: int) -> Tensor:
         """Weighted losses of the rows, added up by edit [E], of a model with something added to what comes into layer
-        `start`; what else is added is on the model already."""
+        `start`; what else is added, in that layer or above, is on the model already."""
         head = head_of(backbone.model)
         cache = DynamicCache(config=backbone.model.config)
         for i, (keys, values) in enumerate(self.cached):  # i is the layer
@@ -128,11 +129,12 @@ def prepare(backbone: Backbone, prompts: Sequence[Prompt], start: int, chunk: in
         chunk: rows of one pass.
     """
     order = sorted(prompts, key=lambda p: (len(p.row.ids) - p.row.subject, p.row.subject))  # little padding
-    return [_prepare(backbone, order[at : at + chunk], start) for at in range(0, len(order), chunk)]
+    return [prepare_rows(backbone, order[at : at + chunk], start) for at in range(0, len(order), chunk)]
 
 
 @torch.no_grad()
-def _prepare(backbone: Backbone, prompts: Sequence[Prompt], start: int) -> Prepared:
+def prepare_rows(backbone: Backbone, prompts: Sequence[Prompt], start: int) -> Prepared:
+    """Run prompts once, under whatever edits are on now, as rows of one pass in the order given."""
     fill, device = pad_id(backbone.tokenizer), backbone.device
     rows = [p.row for p in prompts]
     # nothing is predicted after the target's last token

@@ -1,7 +1,9 @@
 """Editors that tune a change of the weights on the edits themselves: what FT and LoRA share.
 
 The change is held apart from the weights, `x W + x D` or `x W + (x A) B`, and gradients are taken of it alone. Edits of
-one call share one change; or each has a change of its own, and then many train at once without seeing each other.
+one call share one change; or each has a change of its own, and then many train at once without seeing each other. What
+layers below the lowest changed one compute is the same in every step and is computed once: their outputs are held, d
+numbers a token.
 
 N edits, G changes (1, or N), B rows, T tokens.
 """
@@ -10,7 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,11 +23,11 @@ from transformers import PreTrainedModel
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.gradients import predicting
-from modules.hypernetwork.batch import Scored, padded
+from modules.hypernetwork.batch import Scored
 from modules.interventions import LowRank, merge, shape
-from modules.losses import head_of, mean_per_row, token_cross_entropy
+from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from modules.training_free.shared import encode_targets, load_state, save_state, to_make, tuning
+from modules.training_free.subject import Row
 from modules.training_free.terms import Dense, Term, added, as_low_rank, detached, row_of, shape_of, together
 
 Objective = Literal["target", "prompt_last"]
@@ -55,21 +57,26 @@ class Change(ABC):
         """Called after each step of Adam, with the gradients that it took; may constrain the leaves."""
 
 
-def edit_losses(backbone: Backbone, rows: Sequence[Scored], objective: Objective) -> Tensor:
-    """The loss of each edit [N]: the mean cross-entropy of its target's tokens, by the model as it is at the time.
+def ready(backbone: Backbone, rows: Sequence[Scored], objective: Objective, names: Sequence[str]) -> Prepared:
+    """Edits, numbered in their order, for passes that begin at the lowest of the layers that change.
 
     Args:
         objective: `target`: each token is predicted from those before it; `prompt_last`: all of them are predicted at
             the prompt's last token.
+        names: of the linear layers that change.
     """
-    device = backbone.device
-    ids, mask, answer = (t.to(device) for t in padded(backbone.tokenizer, rows))
-    hidden = backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    row, at = predicting(answer).nonzero(as_tuple=True)
-    labels = ids[row, at + 1]
-    if objective == "prompt_last":
-        at = torch.tensor([r.start - 1 for r in rows], device=device)[row]
-    return mean_per_row(token_cross_entropy(hidden[row, at], head_of(backbone.model), labels), row, len(rows))
+    stem = f"{backbone.parts.layers}."
+    start = min(int(name.removeprefix(stem).partition(".")[0]) for name in names)
+    found = prepare_rows(backbone, [Prompt(Row(r.ids, 0, r.start), e, 1.0) for e, r in enumerate(rows)], start)
+    if objective == "target":
+        return found
+    last = torch.tensor([r.start - 1 for r in rows], device=backbone.device)
+    return replace(found, at=last[found.row])
+
+
+def edit_losses(backbone: Backbone, edits: Prepared) -> Tensor:
+    """The loss of each edit [N]: the mean cross-entropy of its target's tokens, by the model as it is at the time."""
+    return edits.losses(backbone, lambda hidden: hidden, len(edits.edit))
 
 
 @dataclass
@@ -149,7 +156,8 @@ class TuningEditor(Editor):
             change = self.start(backbone, len(rows) if apart else 1)
             optimizer = torch.optim.Adam(change.leaves, lr=self.lr)
             size = len(rows) if apart else self.batch_size
-            batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+            names = self.names(backbone)
+            batches = [ready(backbone, rows[at : at + size], self.objective, names) for at in range(0, len(rows), size)]
             for _ in range(self.steps):
                 stepped = [self._step(backbone, batch, change, optimizer, apart) for batch in batches]
                 if not any(stepped):
@@ -157,11 +165,11 @@ class TuningEditor(Editor):
             return {name: detached(term) for name, term in change.terms().items()}
 
     def _step(
-        self, backbone: Backbone, rows: Sequence[Scored], change: Change, optimizer: torch.optim.Adam, apart: bool
+        self, backbone: Backbone, edits: Prepared, change: Change, optimizer: torch.optim.Adam, apart: bool
     ) -> bool:
         """Whether any change had a step to take."""
         with added(backbone, change.terms()):
-            losses = edit_losses(backbone, rows, self.objective)  # [N]
+            losses = edit_losses(backbone, edits)  # [N]
             losses = (losses if apart else losses.mean()[None]) + change.penalty()  # [G]
             if not bool(losses.isfinite().all()):
                 raise FloatingPointError(f"{self.name}: the loss is no number any more; lower lr ({self.lr})")

@@ -17,7 +17,7 @@ from modules.interventions import linear
 from modules.training_free.ft import FTEAC, FTL, FTM, ElasticChange, ElasticNet
 from modules.training_free.shared import encode_targets
 from modules.training_free.terms import Dense
-from modules.training_free.tuned import edit_losses
+from modules.training_free.tuned import edit_losses, ready
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def plain_loss(backbone: Backbone, model: Any, request: EditRequest, prompt_last
 @pytest.mark.parametrize("editor", [FTL, FTM])
 def test_the_loss_is_the_plain_one(tiny: Callable[..., Backbone], requests: list[EditRequest], editor: Any) -> None:
     backbone = tiny()
-    found = edit_losses(backbone, encode_targets(backbone, requests), editor.objective)
+    rows = encode_targets(backbone, requests)
+    found = edit_losses(backbone, ready(backbone, rows, editor.objective, editor(layers=[2]).names(backbone)))
     expected = [plain_loss(backbone, backbone.model, r, editor is FTL) for r in requests]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
 

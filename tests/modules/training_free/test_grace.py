@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datamodules.records import EditRecord, EditRequest
+from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.training_free.codebook import Codebook
@@ -148,6 +149,38 @@ def test_values_are_tuned_alike_all_at_once_and_one_by_one(
         torch.testing.assert_close(together.codebook.keys, edited.codebook.keys)
         torch.testing.assert_close(together.codebook.values, edited.codebook.values)
         assert together.codebook.key_of == edited.codebook.key_of == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("where", ["last", "prompt"])
+@pytest.mark.parametrize("linear", ["first", "last"])
+def test_values_are_those_of_adam_through_the_whole_model(
+    tiny: Callable[..., Backbone], requests: list[EditRequest], kind: str, where: str, linear: str
+) -> None:
+    """As released: every step reads the whole text with the whole model, one edit at a time."""
+    backbone = tiny(kind)
+    backbone.model.double()
+    editor = GRACE(layer=1, linear=linear, replace=where, epsilon=1e-3, steps=6, lr=0.2, stop_at=0.0)  # type: ignore[arg-type]
+    layer = backbone.model.get_submodule(editor.place(backbone))
+    with editor.edit(backbone, requests[:3]) as edited:
+        found = edited.codebook.values
+    for e, request in enumerate(requests[:3]):
+        row = encode(backbone.tokenizer, request.prompt, request.target)
+        start = torch.rand(found.shape[1], generator=torch.Generator().manual_seed(editor.seed + e))
+        value = start.to(found).clone().requires_grad_()
+        last = row.target_start - 1
+        places = range(last + 1) if where == "prompt" else [last]
+        hit = torch.tensor([i in places for i in range(len(row.ids))])[None, :, None]
+        adam = torch.optim.Adam([value], lr=0.2)
+        for _ in range(6):
+            hook = layer.register_forward_hook(lambda _, __, out, v=value, hit=hit: torch.where(hit, v.to(out), out))
+            logits = backbone.model(torch.tensor([row.ids])).logits[0]
+            hook.remove()
+            loss = torch.nn.functional.cross_entropy(logits[last:-1], torch.tensor(row.target_ids))
+            (value.grad,) = torch.autograd.grad(loss, [value])
+            adam.step()
+        torch.testing.assert_close(found[e], value.detach(), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found[e], start.to(found), atol=0.5)
 
 
 def test_enough_steps_give_the_target_and_a_new_answer_overrules(
