@@ -26,6 +26,9 @@ else
     meet=(--node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
 
+# torchrun gives each process one thread, with which a step that is offloaded to the host takes minutes
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))" "$gpus")}"
+
 # torchrun itself gives its processes 30 seconds after a signal, and ends with 1 whatever they ended with. The first of
 # them that ends is the end of the others, but none ends with 143 before all have seen the checkpoint whole.
 torchrun='

@@ -214,7 +214,8 @@ def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | N
         shape = {"vocab_size": len(tokenizer)} | config.overrides
         if name not in PARTS:
             raise ValueError(f"backbone {config.source!r}: choose a type among {', '.join(sorted(PARTS))}")
-        with torch.random.fork_rng(devices=[]):  # always the same weights: a run that is resumed must find them again
+        # always the same weights, whatever device is being built for: a run that is resumed must find them again
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape), **options)
     elif kind == "gguf":
@@ -234,6 +235,13 @@ def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | N
         _apply_liger(model)
     model.requires_grad_(False)
     return Backbone(model.eval(), tokenizer, config)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a model's parameters to a precision. Its buffers keep theirs, as when a model is loaded in one: the rotary
+    frequencies of a long text are wrong in 16 bits."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -306,5 +314,7 @@ def _apply_liger(model: PreTrainedModel) -> None:
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    # the losses are our own, and hooks on the MLP's linears (MEND, IBKE, MEMIT) need the unfused MLP
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False, swiglu=False)
+    # The losses are our own, and hooks on the MLP's linears (MEND, IBKE, MEMIT) need the unfused MLP. Liger's rotation
+    # writes into the keys it is given, which gists of `keys: before_rope` have kept from before it.
+    off = {"fused_linear_cross_entropy": False, "cross_entropy": False, "swiglu": False, "rope": False}
+    _apply_liger_kernel_to_instance(model=model, **off)

@@ -166,14 +166,14 @@ class Edited:
         ids, mask = (t.to(self.backbone.device) for t in pad(rows, pad_id(tokenizer), side="left"))
         _, mask, options = self._after_prefix(mask)
         self._check_room(mask.shape[1] + max_new_tokens - 1)  # the last new token is not read again
-        cache = options.get("past_key_values") or DynamicCache(config=self.backbone.model.config)
+        cache = options.get("cache") or DynamicCache(config=self.backbone.model.config)
         end: Any = tokenizer.eos_token_id
         new: list[list[int]] = [[] for _ in rows]
         done = [False] * len(rows)
         state: Any = None
         for _ in range(max_new_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out, state = self.decode(ids, mask, state, past_key_values=cache, position_ids=positions, use_cache=True)
+            out, state = self.decode(ids, mask, state, cache=cache, position_ids=positions, use_cache=True)
             ids = self.backbone.logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             tokens: list[int] = ids[:, 0].tolist()
@@ -199,7 +199,7 @@ class Edited:
             row = encode(self.backbone.tokenizer, self.context, bos=self.bos).ids
             ids = torch.tensor([row], device=self.backbone.device)
             out, _ = self.decode(ids, torch.ones_like(ids), use_cache=True)
-            self._prefix = (out.last_hidden_state[0, -1], out.past_key_values)
+            self._prefix = (out.last_hidden_state[0, -1], out.cache)
         last, cached = self._prefix
         length = cached.get_seq_length()
         cache = DynamicCache(config=self.backbone.model.config)
@@ -207,7 +207,7 @@ class Edited:
             cache.update(*(t.expand(len(mask), -1, -1, -1) for t in (layer.keys, layer.values)), i)
         mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
-        return last, mask, {"past_key_values": cache, "position_ids": positions, "use_cache": True}
+        return last, mask, {"cache": cache, "position_ids": positions, "use_cache": True}
 
 
 class Editor(ABC):

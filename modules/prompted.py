@@ -158,7 +158,7 @@ class _Begun(Edited):
         super().__init__(backbone, context="begun")
         read = torch.tensor([ids], device=backbone.device)
         out, _ = self.decode(read, torch.ones_like(read), use_cache=True)
-        self._prefix = (out.last_hidden_state[0, -1], out.past_key_values)
+        self._prefix = (out.last_hidden_state[0, -1], out.cache)
 
 
 def _shared(rows: Sequence[tuple[int, ...]]) -> int:

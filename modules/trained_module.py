@@ -101,8 +101,12 @@ class TrainedModule(L.LightningModule, Generic[M]):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = self.step_losses(batch, batch_idx)
-        for name, value in parts.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
+        values = torch.stack([value.detach().float() for value in parts.values()])
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            # all parts in one message, and only where they are written down: ranks wait for each other at each
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        for name, value in zip(parts, values, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch))
         return parts["loss"]
 
     def scheduled(self, optimizer: Optimizer, share: Callable[[int], float]) -> Any:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from modules.backbone import cast as cast_parameters
 from trainers import compile_lock
 from trainers.checkpoints import zero
 
@@ -66,7 +67,7 @@ class Zero(DeepSpeedStrategy):
         allgather_bucket_size: int = 200_000_000,
         persistence_threshold: int = 100_000,
         overlap_comm: bool = True,
-        timeout: float = 600,
+        timeout: float = 1800,
         loss_scale: float = 0,
         initial_scale_power: int = 16,
     ) -> None:
@@ -184,8 +185,8 @@ class Zero(DeepSpeedStrategy):
         An untied output head stays whole: the losses read its weight outside any forward pass.
         """
         if not keep_dtype:
-            dtype = cast(Any, self.precision_plugin)._desired_dtype  # as DeepSpeed does with the trained one
-            cast(nn.Module, frozen).to(dtype=dtype)
+            # as DeepSpeed does with the trained one
+            cast_parameters(frozen, cast(Any, self.precision_plugin)._desired_dtype)  # type: ignore[arg-type]
         if not self.partition_teacher:
             cast(nn.Module, frozen).to(self.root_device)
             return
@@ -288,8 +289,11 @@ class Zero(DeepSpeedStrategy):
 
     @property
     def refused_step(self) -> bool:
-        """Whether a gradient of the last optimizer step was not finite, on any rank, so that no parameter changed."""
-        return bool(cast(Any, self.deepspeed_engine.optimizer).overflow)
+        """Whether a gradient of the last optimizer step was not finite, on any rank, so that no parameter changed.
+        Where fp16 is looking for its loss scale, such steps are a part of the search and do not count."""
+        engine = cast(Any, self.deepspeed_engine)
+        searching = engine.fp16_enabled() and engine.dynamic_loss_scale()
+        return not searching and bool(engine.optimizer.overflow)
 
     def _buffers(self) -> set[str]:
         assert self.lightning_module is not None

@@ -140,11 +140,11 @@ def _pass(backbone: Backbone, rows: Sequence[tuple[Encoded, int, int]]) -> Tenso
     own = torch.tensor([number for *_, number in rows], device=device)  # [R]
     read = DynamicCache(config=backbone.model.config)
     positions = (heads_mask.cumsum(1) - 1).clamp(min=0)
-    decoder(input_ids=heads, attention_mask=heads_mask, position_ids=positions, past_key_values=read, use_cache=True)
+    decoder(input_ids=heads, attention_mask=heads_mask, position_ids=positions, cache=read, use_cache=True)
     cache = DynamicCache(config=backbone.model.config)
     for i, layer in enumerate(read.layers):
         cache.update(layer.keys[own], layer.values[own], i)  # type: ignore[index]
     mask = torch.cat([heads_mask[own], tails_mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, heads.shape[1] :]
-    out = decoder(input_ids=tails, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = decoder(input_ids=tails, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     return out.last_hidden_state

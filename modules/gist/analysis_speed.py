@@ -97,13 +97,13 @@ def _answer(edited: Edited, ids: Tensor, new_tokens: int) -> list[float]:
     backbone = edited.backbone
     _, mask, options = edited._after_prefix(torch.ones_like(ids))
     edited._check_room(mask.shape[1] + new_tokens - 1)
-    cache = options.get("past_key_values") or DynamicCache(config=backbone.model.config)
+    cache = options.get("cache") or DynamicCache(config=backbone.model.config)
     state: Any = None
     seconds = []
     for _ in range(new_tokens):
         start = now(backbone)
         positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-        out, state = edited.decode(ids, mask, state, past_key_values=cache, position_ids=positions, use_cache=True)
+        out, state = edited.decode(ids, mask, state, cache=cache, position_ids=positions, use_cache=True)
         ids = backbone.logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         seconds.append(now(backbone) - start)

@@ -6,8 +6,7 @@ checkpointing may run a layer again in the backward pass and sees the same call.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,12 +112,9 @@ def install(backbone: Backbone) -> None:
         layer.register_forward_pre_hook(_match_at(i), with_kwargs=True)
         attention = backbone.attention(i)
         attention.get_submodule(parts.keys).register_forward_hook(_remember_keys(attention, parts, backbone))
-        if model.config.model_type == "gptj":
-            _adapt_gptj(layer, attention)
     model._carries_gists = True  # type: ignore[assignment]
-    if model.config.model_type != "gptj":
-        _register(base)
-        model.set_attn_implementation(PREFIX + base)
+    _register(base)
+    model.set_attn_implementation(PREFIX + base)
 
 
 def _register(base: str) -> None:
@@ -166,7 +162,7 @@ def _take_part(
 
 def _match_at(layer: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call: GistCall | None = kwargs.get("gist") or module.__dict__.get("gist")
+        call: GistCall | None = kwargs.get("gist")
         if call is not None and layer == call.match_layer:
             call.match(args[0] if args else kwargs["hidden_states"])
 
@@ -186,29 +182,3 @@ def _remember_keys(attention: nn.Module, parts: Parts, backbone: Backbone) -> Ca
         attention.__dict__["unrotated_keys"] = output
 
     return hook
-
-
-@contextmanager
-def told(backbone: Backbone, call: GistCall | None) -> Iterator[None]:
-    """Hand a call to GPT-J's layers, which take no keyword arguments through."""
-    for layer in backbone.layers:
-        layer.__dict__["gist"] = call
-    try:
-        yield
-    finally:
-        for layer in backbone.layers:
-            layer.__dict__.pop("gist", None)
-
-
-def _adapt_gptj(layer: nn.Module, attention: nn.Module) -> None:
-    """GPT-J does not use the attention interface: wrap its one inner function; its layers are told the call."""
-    plain: Callable[..., tuple[Tensor, Any]] = attention._attn  # type: ignore[assignment]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        unrotated = attention.__dict__.pop("unrotated_keys", None)
-        out, weights = plain(query, key, value, attention_mask)  # [B, H, T, D]
-        index: int = attention.layer_idx  # type: ignore[assignment]
-        call: GistCall | None = layer.__dict__.get("gist")
-        return _take_part(call, index, out.transpose(1, 2), query, key, value, unrotated, None).transpose(1, 2), weights
-
-    attention._attn = attend  # type: ignore[attr-defined]

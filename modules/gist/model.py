@@ -3,7 +3,7 @@
 B rows, T tokens, N edits, d hidden width.
 """
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone import Backbone, WithoutAdapters, adapters_off
-from modules.gist.attention import GistCall, install, told
+from modules.gist.attention import GistCall, install
 from modules.gist.matcher import GistMatcher
 from modules.gist.pool import GistPool
 from modules.gist.selector import GistSelector
@@ -119,7 +119,7 @@ class GistModel(nn.Module):
         Args:
             mask: [B, T'], of cached tokens and these.
             visible, trace, carried: see GistCall.
-            options: for the decoder (past_key_values, position_ids, use_cache).
+            options: for the decoder (cache, position_ids, use_cache).
 
         Returns:
             transformers' output of the decoder, and what to pass as `carried` with the next tokens.
@@ -153,10 +153,5 @@ class GistModel(nn.Module):
     @staticmethod
     def _run(backbone: Backbone, call: GistCall | None, **inputs: Any) -> Any:
         decoder = backbone.model.base_model
-        with ExitStack() as stack:
-            if isinstance(backbone, WithoutAdapters):
-                stack.enter_context(adapters_off(decoder))
-            if backbone.model.config.model_type == "gptj":
-                stack.enter_context(told(backbone, call))
-                return decoder(**inputs)
+        with adapters_off(decoder) if isinstance(backbone, WithoutAdapters) else nullcontext():
             return decoder(**inputs, **({} if call is None else {"gist": call}))

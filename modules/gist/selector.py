@@ -59,17 +59,22 @@ class GistSelector(nn.Module):
             return out, torch.logsumexp(logp, dim=1) - torch.log(torch.tensor(float(logp.shape[1])))
         keys = torch.cat([gists.keys, self.zero_key[None].to(gists.keys)])  # [N + 1, K, D]
         values = torch.cat([gists.values, torch.zeros_like(gists.values[:1])])
-        b, _, t, width = query.shape
-        k = keys.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)  # [B, K, N + 1, D]
-        v = values.transpose(0, 1)[None].expand(b, -1, -1, -1).to(query)
+        b, heads, t, width = query.shape
+        # All rows read the same gists, so they are one long row, and what little they share is repeated for each head:
+        # CUDA's fused kernels take a mask only without grouped heads, and would else leave this to plain arithmetic.
+        group = heads // keys.shape[1]
+        k, v = (
+            x.transpose(0, 1).repeat_interleave(group, 0)[None].to(query) for x in (keys, values)
+        )  # [1, H, N + 1, D]
         mask = None
         if scope is not None:
-            mask = scope[:, None].clamp(min=HIDDEN).to(query)
+            mask = scope.clamp(min=HIDDEN).to(query).flatten(0, 1)  # [B T, N + 1]
         elif visible is not None or not self.zero_gist:
-            mask = self._seen(gists, visible)[:, None, None].expand(b, 1, t, -1)
+            mask = self._seen(gists, visible)[:, None].expand(b, t, -1).flatten(0, 1)
         scale = (scaling or width**-0.5) / temperature
-        out = F.scaled_dot_product_attention(query, k, v, mask, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2), None
+        long = query.transpose(0, 1).flatten(1, 2)[None]  # [1, H, B T, D]
+        out = F.scaled_dot_product_attention(long, k, v, mask, scale=scale)
+        return out[0].transpose(0, 1).unflatten(0, (b, t)), None
 
     def log_probs(
         self,

@@ -123,7 +123,7 @@ class _Running:
     def logits(self) -> Tensor:
         """Of the next token [B, V]."""
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
-        options = {"past_key_values": self.cache, "position_ids": positions, "use_cache": True}
+        options = {"cache": self.cache, "position_ids": positions, "use_cache": True}
         out, _ = self.model.decode(self.ids, self.mask, **options)
         return self.model.backbone.logits(out.last_hidden_state[:, -1])
 

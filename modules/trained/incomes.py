@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, load_backbone
+from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, cast, load_backbone
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
@@ -103,7 +103,7 @@ class InComeS(TrainedModule[GistModel]):
             if self.train_part != "lora":
                 teacher = copy.deepcopy(backbone.model)
                 if self.teacher_dtype:
-                    teacher.to(getattr(torch, self.teacher_dtype))
+                    cast(teacher, getattr(torch, self.teacher_dtype))
                 self._outside["teacher"] = teacher
             else:  # before the gists' hooks, which must see the adapted keys
                 inject_adapter_in_model(self.adapter_config(backbone), backbone.model)
@@ -113,12 +113,13 @@ class InComeS(TrainedModule[GistModel]):
         if datamodule is not None and self.calibration_records and hasattr(datamodule, "calibration_records"):
             rank_zero_info(f"calibrating selection on {self.calibration_records} training records ...")
             records = datamodule.calibration_records(self.calibration_records)
+            self.model.to(self.trainer.strategy.root_device)  # ZeRO-3 has modules built on the CPU
             calibrate(self.model, records, self.seed, self.calibration_steps)
         self.model.train()
         if self.gradient_checkpointing:
-            if backbone.model.config.model_type == "gptj" or (self.train_part == "lora" and self.reader == "original"):
+            if self.train_part == "lora" and self.reader == "original":
                 raise ValueError(
-                    "model.gradient_checkpointing is not supported on GPT-J, nor with train: lora and reader: original "
+                    "model.gradient_checkpointing is not supported with train: lora and reader: original "
                     "(a layer that is run again must find its adapters as they were); switch it off"
                 )
             backbone.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -160,7 +160,7 @@ def attributions(
     if len(prompt) > 1:
         with torch.no_grad():
             ids = torch.tensor([prompt[:-1]], device=device)
-            backbone.model.base_model(input_ids=ids, past_key_values=before, use_cache=True)
+            backbone.model.base_model(input_ids=ids, cache=before, use_cache=True)
 
     def probability(rows: int, hooks: Mapping[str, Before]) -> Tensor:
         cache = DynamicCache(config=backbone.model.config)
@@ -175,7 +175,7 @@ def attributions(
                 input_ids=last.expand(rows, 1),
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
         return backbone.logits(out.last_hidden_state[:, -1]).float().softmax(-1)[:, answer]  # [R]

@@ -84,7 +84,7 @@ class Prepared:
                 input_ids=self.ids,
                 attention_mask=self.mask,
                 position_ids=self.positions,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
         hidden = out.last_hidden_state  # [R, S, d]
@@ -156,7 +156,7 @@ def prepare_rows(backbone: Backbone, prompts: Sequence[Prompt], start: int) -> P
     try:
         cache = DynamicCache(config=backbone.model.config)
         out = backbone.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
         )
     finally:
         handle.remove()

@@ -108,7 +108,7 @@ class TPatcher(Editor):
         cache = DynamicCache(config=backbone.model.config)
         with torch.no_grad():
             for _ in range(self.sample_tokens):
-                out = backbone.model.base_model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+                out = backbone.model.base_model(input_ids=ids[:, -1:], cache=cache, use_cache=True)
                 p = backbone.logits(out.last_hidden_state[:, -1]).float().softmax(-1).cpu()
                 ids = torch.cat([ids, torch.multinomial(p, 1, generator=draw).to(device)], 1)
         return [tuple(row) for row in ids.tolist()]

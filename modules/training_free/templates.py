@@ -101,7 +101,7 @@ def sample(
     while any(len(row) < length for row in rows):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = backbone.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
         )
         logits = backbone.logits(out.last_hidden_state[:, -1]).float().cpu()  # [R, V]
         best, token = logits.topk(top_k or logits.shape[1])

@@ -141,7 +141,9 @@ def test_stages_on_eight_gpus(stage: int, weights: int, gradients: int, optimize
     held = state(made(), Sharding(stage=stage, reduce_bucket=50, buckets=2, threshold=10), 8)
     assert held.always == {"weights": weights, "gradients": gradients, "optimizer": optimizer, "teacher": 2000}
     assert held.in_step["buckets"] == 2 * 3 * 50
-    assert held.in_update == {"update": 6 * 100}
+    assert held.in_update == {"update": 10 * 100}
+    on_cpu = state(made(), Sharding(stage=stage, reduce_bucket=50, buckets=2, threshold=10), 8, on_gpu=False)
+    assert on_cpu.in_update == {"update": 6 * 100}
 
 
 def test_without_deepspeed_everything_is_everywhere() -> None:

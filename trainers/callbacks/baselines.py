@@ -217,7 +217,8 @@ class Baselines(L.Callback):
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, name: str, result: Result) -> None:
         values = result["values"] | {"seconds_per_edit": result["seconds_per_edit"]}
-        tags = {f"val/{name}/{metric}": torch.tensor(value, dtype=torch.float64) for metric, value in values.items()}
+        wide = {"dtype": torch.float64, "device": module.device}  # NCCL takes tensors of the GPU alone
+        tags = {f"val/{name}/{metric}": torch.tensor(value, **wide) for metric, value in values.items()}
         module.log_dict(tags, sync_dist=trainer.world_size > 1)  # equal on all ranks, which the mean leaves as it is
 
 

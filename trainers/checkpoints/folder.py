@@ -89,16 +89,16 @@ def seal(staged: Path, path: Path, files: dict[str, dict[str, Any]], facts: dict
     folders = {folder for name in files for folder in (staged / name).parents if folder.is_relative_to(staged)}
     try:
         for name, wanted in files.items():
-            _sync(staged / name, wanted["bytes"])
+            sync(staged / name, wanted["bytes"])
         write(staged / MANIFEST, _text({"format": FORMAT, **facts, "files": files}))
         for folder in folders | {staged}:
-            _sync(folder)
+            sync(folder)
         if path.exists():
             # under a name that counts: killed between the two renames, the old one is still found
             remove(aside)
             path.rename(aside)
         staged.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise failed(path, error) from error
     remove(aside)
@@ -130,7 +130,7 @@ def write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def _sync(path: Path, size: int | None = None) -> None:
+def sync(path: Path, size: int | None = None) -> None:
     """Have a file or folder on disk. A file of another size than `size` is an OSError."""
     opened = os.open(path, os.O_RDONLY)
     try:

@@ -16,7 +16,17 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
-from trainers.checkpoints.folder import CheckpointError, digest, failed, partial, read_manifest, remove, seal, stage
+from trainers.checkpoints.folder import (
+    CheckpointError,
+    digest,
+    failed,
+    partial,
+    read_manifest,
+    remove,
+    seal,
+    stage,
+    sync,
+)
 
 TAG = "checkpoint"  # DeepSpeed's name of the folder in the folder
 
@@ -40,6 +50,7 @@ class ShardFiles(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         try:
             torch.save(state_dict, path)
+            sync(Path(path))  # from the machine that wrote it: no other can
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
             self.failure = self.failure or str(failed(self.target, error))

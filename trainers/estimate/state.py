@@ -37,7 +37,7 @@ class State:
     host: dict[str, int]
 
 
-def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -> State:
+def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1, on_gpu: bool = True) -> State:
     """The state of one of `world` processes.
 
     | | plain, DDP | ZeRO-1 | ZeRO-2 | ZeRO-3 |
@@ -45,11 +45,11 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
     | weights | all | all | all | all / W, and up to `max_live` gathered |
     | gradients | e P (counted with the step) | e P | e P / W, twice with accumulation | e P / W |
     | optimizer | 2 e P | 12 P / W | 12 P / W | 12 P / W, 8 P / W where e is 4 |
-    | update | e P | (e + 4) P / W, 4 P / W where e is 4 | the same | the same |
+    | update | e P | (e + 8) P / W, 8 P / W where e is 4; on CPUs 4 P / W less | the same | the same |
     | buckets | e P (DDP) | 2 or 3 buckets | 2 or 3 buckets | 2 buckets |
 
-    12 bytes are a 32-bit copy of the weights and Adam's two moments; torch's fused AdamW needs no more while it steps,
-    the other one, without DeepSpeed, a square root of all second moments.
+    12 bytes are a 32-bit copy of the weights and Adam's two moments. While it steps on a GPU, torch's AdamW holds the
+    square roots of all second moments at once.
     A bucket is `reduce_bucket_size` elements; one more than the buckets that fill is the copy that is sent.
     `allgather_bucket_size` costs nothing: DeepSpeed 0.19 gathers into the weights themselves. With `offload_optimizer`
     optimizer states and gradients are the host's: there 16 + e bytes a trained parameter / W, and on the GPU one
@@ -71,7 +71,7 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1) -
         in_step["accumulation"] = gradients
     always = {"weights": counts.bytes, "gradients": gradients, "optimizer": states, frozen: counts.frozen_bytes}
     always |= {"buffers": counts.buffers} if counts.buffers else {}
-    in_update = {"update": (4 if e == 4 else e + 4) * p // w}
+    in_update = {"update": ((4 if e == 4 else e + 4) + 4 * on_gpu) * p // w}
     in_validation: dict[str, int] = {}
     host: dict[str, int] = {}
     if third:

@@ -91,7 +91,7 @@ def estimate(cli: TrainingCLI, gpus: int, card: Card) -> Estimate:
 def estimate_plan(plan: Plan) -> Estimate:
     """`estimate`, of a plan."""
     counts, step = measure(plan)
-    held = state(counts, plan.sharding, plan.gpus, plan.accumulate)
+    held = state(counts, plan.sharding, plan.gpus, plan.accumulate, on_gpu=not plan.card.cpu)
     moments = _moments(plan, counts, step, held)
     flops = step.flops / step.tokens
     speed = None
@@ -104,7 +104,7 @@ def estimate_plan(plan: Plan) -> Estimate:
         plan=plan,
         counts=counts,
         moments=moments,
-        host=_host(plan, held),
+        host=_host(plan, counts, held),
         tokens=step.tokens * plan.gpus * plan.accumulate,
         flops=flops,
         tokens_per_second=speed,
@@ -132,11 +132,15 @@ def _moments(plan: Plan, counts: Counts, step: Step, held: State) -> dict[str, d
     return {moment: _sum(parts, allowance) for moment, parts in found.items()}
 
 
-def _host(plan: Plan, held: State) -> dict[str, int]:
+def _host(plan: Plan, counts: Counts, held: State) -> dict[str, int]:
     if plan.card.cpu:
         return {}
     here = -(-plan.gpus // plan.nodes)
     found = {name: size * here for name, size in held.host.items()}
+    if (
+        plan.sharding.stage == 3 and counts.frozen_bytes
+    ):  # built there; weights read from files are shared, a copy is not
+        found[f"{counts.frozen_name}, while loading"] = counts.frozen_bytes * here
     return found | {
         "processes": HOST_PROCESS * here,
         "loader workers": HOST_WORKER * here * plan.workers,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from modules.backbone import PARTS, Backbone
-from modules.gist.attention import GistCall, told
 from modules.gist.model import GistConfig, GistModel
 from modules.gist.pool import GistPool
 
@@ -104,7 +103,7 @@ def test_gist_keys_are_the_layers_own(tiny_gists: Callable[..., GistModel], kind
     for i in model.active:
         keys = backbone.attention(i).get_submodule(backbone.parts.keys)
         keys.register_forward_hook(lambda _, __, out, i=i: projected.update({i: out[0, -1]}))
-    cache = backbone.model.base_model(inputs_embeds=embeds, use_cache=True).past_key_values
+    cache = backbone.model.base_model(inputs_embeds=embeds, use_cache=True).cache
     before, after = (m.compress(ids, torch.ones_like(ids)) for m in (model, rotated))
     for i in model.active:
         key = projected[i]
@@ -152,10 +151,8 @@ def test_decoding_token_by_token_equals_the_whole_pass(
     cache, carried, parts = None, None, []
     for at in (range(4), *([i] for i in range(4, ids.shape[1]))):
         step = ids[:, list(at)]
-        out, carried = model(
-            step, torch.ones(1, at[-1] + 1).long(), pool, carried=carried, use_cache=True, past_key_values=cache
-        )
-        cache = out.past_key_values
+        out, carried = model(step, torch.ones(1, at[-1] + 1).long(), pool, carried=carried, use_cache=True, cache=cache)
+        cache = out.cache
         parts.append(out.last_hidden_state)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
 
@@ -261,15 +258,6 @@ def test_all_layers_with_hidden_selection_are_those_that_know_the_choice(tiny_gi
     model = tiny_gists(layers="all", selection="hidden", match_layer=0.3)
     assert list(model.active) == [1, 2, 3]
     assert model.match_layer == 1
-
-
-def test_told_is_taken_back(tiny: Callable[..., Backbone]) -> None:
-    backbone = tiny("gptj")
-    call = GistCall(range(2, 4), torch.ones(1, 1))
-    with pytest.raises(RuntimeError, match="inside"), told(backbone, call):  # noqa: PT012 (what is inside raises on purpose)
-        assert all(layer.__dict__["gist"] is call for layer in backbone.layers)
-        raise RuntimeError("inside")
-    assert not any("gist" in layer.__dict__ for layer in backbone.layers)
 
 
 def test_temperature_only_in_eval_and_with_more_than_ten_keys(tiny_gists: Callable[..., GistModel]) -> None:
