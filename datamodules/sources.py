@@ -224,7 +224,10 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
 
 def _state(path: Path) -> list[tuple[str, int, int]]:
     """What changes when a file, or any file of a folder, does."""
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file())
+    else:  # with what a reader takes from beside it: DUNE's locality files
+        files = [path, *sorted(path.parent.glob(f"{path.name.partition('.')[0]}_locality.json*"))]
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.interventions import Deltas, LowRank, low_rank, merge
-from modules.saved_edits import kept_without, read_edits, write_edits
+from modules.saved_edits import in_force, kept_without, read_edits, write_edits
 
 MEMORY = "memory."  # before the names of remembered tensors in a file
 
@@ -49,6 +49,11 @@ class DeltaEdited(Edited):
             self.terms = {name: d.term(1, one).compact() for name, d in self.deltas.items()}
 
     @property
+    def method(self) -> str:
+        """Whose edits these are: what the method remembers of them is of no use to another."""
+        raise NotImplementedError
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """(d_in, d_out) of the layers that this method edits in this backbone, by name."""
         raise NotImplementedError
@@ -75,7 +80,7 @@ class DeltaEdited(Edited):
 
     @contextmanager
     def edit(self, requests: Sequence[EditRequest]) -> Iterator[Self]:
-        """The same with more edits, made at the model as it is edited now; one that is there already is not repeated.
+        """The same with more edits, made at the model as it is edited now; what is in force is not repeated.
 
         Raises:
             ValueError: for requests that the method cannot serve, before any work.
@@ -84,7 +89,7 @@ class DeltaEdited(Edited):
 
     def add(self, requests: Sequence[EditRequest]) -> Self:
         """See `edit`."""
-        known = {r.statement for r in self.requests}
+        known = {r.statement for r in in_force(self.requests)}
         new = [r for r in {r.statement: r for r in requests}.values() if r.statement not in known]
         if not new:
             return self.like(self.requests, self.deltas, self.memory)
@@ -126,22 +131,27 @@ class DeltaEdited(Edited):
         folder.mkdir(parents=True, exist_ok=True)
         flat = {f"{name}.{part}": getattr(d, part) for name, d in self.deltas.items() for part in d._fields}
         flat |= {MEMORY + name: m for name, m in self.memory.items()}
-        save_file({name: t.cpu().contiguous() for name, t in flat.items()}, folder / "deltas.safetensors")
+        tensors = {name: t.cpu().contiguous() for name, t in flat.items()}
+        save_file(tensors, folder / "deltas.safetensors", {"method": self.method})
         write_edits(folder, self.requests)
 
     def restored(self, folder: Path) -> Self:
         """The same method and backbone with the edits that `save` wrote to a folder.
 
         Raises:
-            ValueError: where the folder holds none, or those of another model.
+            ValueError: where the folder holds none, or those of another method or model.
         """
         requests = read_edits(folder, "deltas.safetensors")
         try:
-            flat = load_file(folder / "deltas.safetensors", device=str(self.backbone.device))
+            with safe_open(folder / "deltas.safetensors", "pt", device=str(self.backbone.device)) as file:
+                wrote = (file.metadata() or {}).get("method")
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"{folder / 'deltas.safetensors'} cannot be read: {error}; make its edits again"
             ) from error
+        if wrote not in (None, self.method):  # deltas alone, as DistillMIKE keeps them, name none
+            raise ValueError(f"the edits in {folder} were made by {wrote}, not by {self.method}; make them again")
         memory = {n.removeprefix(MEMORY): t for n, t in flat.items() if n.startswith(MEMORY)}
         flat = {n: t for n, t in flat.items() if not n.startswith(MEMORY)}
         shapes = self.shapes

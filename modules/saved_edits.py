@@ -16,6 +16,12 @@ def write_edits(folder: Path, requests: Sequence[EditRequest]) -> None:
     (folder / EDITS).write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def in_force(requests: Sequence[EditRequest]) -> set[EditRequest]:
+    """Of edits made one after another, those that no later one answers otherwise."""
+    last = {r.prompt: r.target for r in requests if r.prompt}
+    return {r for r in requests if not r.prompt or last[r.prompt] == r.target}
+
+
 def read_edits(folder: Path, beside: str) -> list[EditRequest]:
     """The edits that `write_edits` wrote.
 

@@ -102,7 +102,8 @@ class TrainedModule(L.LightningModule, Generic[M]):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = self.step_losses(batch, batch_idx)
         values = torch.stack([value.detach().float() for value in parts.values()])
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every == 0:
             # all parts in one message, and only where they are written down: ranks wait for each other at each
             values = self.trainer.strategy.reduce(values, reduce_op="mean")
         for name, value in zip(parts, values, strict=True):

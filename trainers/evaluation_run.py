@@ -105,14 +105,15 @@ def drawn(
     seed: int,
     queries_per_kind: int | None = None,
 ) -> list[EditRecord]:
-    """The records that an evaluation is on: `count` of all, or all where there are fewer.
+    """The records that an evaluation is on: `count` of all, or all where there are fewer. More of them begin with the
+    same ones.
 
     Args:
         records: gives those at some places.
         seed: draws the records and their queries.
         queries_per_kind: keep only so many rephrases, and locality and portability queries of each kind, of a record.
     """
-    chosen = records(random.Random(seed).sample(range(there_are), min(count, there_are)))
+    chosen = records(random.Random(seed).sample(range(there_are), there_are)[:count])  # a sample of few is of others
     return [fewer_queries(r, queries_per_kind, seed) for r in chosen] if queries_per_kind else chosen
 
 

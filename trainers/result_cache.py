@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+import datamodules
 import modules
 from modules.kept_tensors import folder as kept_folder
 from trainers.report import write_json
@@ -51,9 +52,10 @@ class ResultCache:
 
 @cache
 def code() -> str:
-    """A hash of the editors' and metrics' code: what is corrected must not be answered from an old cache."""
+    """A hash of the code of editors, metrics and data: what is corrected must not be answered from an old cache."""
     digest = sha256()
-    root = Path(modules.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    for package in (datamodules, modules):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

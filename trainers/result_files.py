@@ -4,6 +4,7 @@ The files are reports of trainers.evaluate (trainers/report.py) and cells of a b
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,14 @@ def _told(about: Mapping[str, Any], protocol: str, settings: Mapping[str, Any]) 
 
 
 def _by_id(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {str(result["case_id"]): result for result in results}
+    found = {str(result["case_id"]): result for result in results}
+    if len(found) < len(results):
+        twice = next(name for name, count in Counter(str(r["case_id"]) for r in results).items() if count > 1)
+        raise ValueError(
+            f"records: the id {twice!r} stands for several records, which cannot be told apart: evaluate sources that "
+            "share ids by themselves"
+        )
+    return found
 
 
 def differing(one: Entry, other: Entry, allow: Sequence[str]) -> Iterator[str]:

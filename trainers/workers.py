@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, load_backbone
 from modules.editor import Editor
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
@@ -63,6 +63,8 @@ def build(specs: Specs, device: str | None = None) -> tuple[Backbone, list[Chose
     place = device_named(device or specs.device)
     exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
     model = load_backbone(specs.backbone) if specs.backbone else next(iter(exported.values())).reader
+    if isinstance(model, WithoutAdapters):  # only its own editor passes its adapters by
+        model = load_backbone(model.config, model.tokenizer)
     model.model.to(place)  # type: ignore[arg-type]
     for editor in exported.values():
         editor.to(place)

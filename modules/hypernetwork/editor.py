@@ -57,6 +57,10 @@ class DeltaEdited(delta_edited.DeltaEdited):
         self.model = model
 
     @property
+    def method(self) -> str:
+        return "hypernetwork"
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         return self.model.network.shapes
 

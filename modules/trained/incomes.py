@@ -231,7 +231,9 @@ class InComeS(TrainedModule[GistModel]):
         pool = model.compress(batch.edits, batch.edits_mask)
         out, _ = model(batch.queries, batch.queries_mask, pool, visible, trace=trace)
         h = out.last_hidden_state[row, at - 1]  # [n, d]
-        ce, kl = token_ce_and_kl(h, head_of(model.reader.model), labels, teacher_h.to(h), head, config.chunk)
+        ce, kl = token_ce_and_kl(
+            h, head_of(model.reader.model), labels, teacher_h.to(head.weight.dtype), head, config.chunk
+        )
 
         queries = len(batch)
         kl_at = answer if config.kl_on == "answer" else torch.ones_like(answer)

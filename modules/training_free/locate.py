@@ -52,6 +52,10 @@ class LocatedEdited(DeltaEdited):
         self.editor = editor
 
     @property
+    def method(self) -> str:
+        return type(self.editor).__name__
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         return {name: shape(self.backbone.model, name) for name in self.editor.names(self.backbone)}
 

@@ -170,13 +170,17 @@ def prepare_rows(backbone: Backbone, prompts: Sequence[Prompt], start: int) -> P
     row, at, label = (torch.tensor(column, dtype=torch.long, device=device) for column in _columns(picked))
     drift = torch.tensor([i for i, p in enumerate(prompts) if p.drift], dtype=torch.long, device=device)
     last = (tail_mask.sum(1) - 1).to(device)[drift]
-    cached = [(layer.keys[..., :before, :].clone(), layer.values[..., :before, :].clone()) for layer in cache.layers]  # type: ignore[index]
+    held = [slice(None, 1) if i < start else slice(None) for i in range(len(cache.layers))]
+    cached = [
+        (layer.keys[rows, ..., :before, :].clone(), layer.values[rows, ..., :before, :].clone())  # type: ignore[index]
+        for rows, layer in zip(held, cache.layers, strict=True)
+    ]
     return Prepared(
         ids=ids[:, before:],
         mask=mask,
         positions=positions[:, before:],
         hidden=seen[0][:, before:].clone(),
-        cached=[(k[:1], v[:1]) if i < start else (k, v) for i, (k, v) in enumerate(cached)],
+        cached=cached,
         edit=torch.tensor([p.edit for p in prompts], device=device),
         weight=torch.tensor([p.weight for p in prompts], device=device),
         row=row,

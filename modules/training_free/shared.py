@@ -15,12 +15,13 @@ from datamodules.records import EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.hypernetwork.batch import Scored, scored
+from modules.saved_edits import in_force
 
 Layer = int | float  # see `locate.layer_numbers`
 
 
 def to_make(method: str, requests: Sequence[EditRequest], known: Sequence[EditRequest] = ()) -> list[EditRequest]:
-    """The requests that are not made yet, each once.
+    """The requests that are not in force yet, each once: one whose prompt was given another answer since is made again.
 
     Raises:
         ValueError: for one without prompt and target.
@@ -31,7 +32,7 @@ def to_make(method: str, requests: Sequence[EditRequest], known: Sequence[EditRe
                 f"{method} edits the answer to a prompt; the edit {request.statement!r} is free text: give it a "
                 "`prompt` and a `target`"
             )
-    there = set(known)
+    there = in_force(known)
     return [request for request in dict.fromkeys(requests) if request not in there]
 
 

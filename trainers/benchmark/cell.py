@@ -57,8 +57,9 @@ def run_cell(
         else:
             points, after = _at_once(cell, editor, backbone, judge, seed, shown, tell)
     answers = [
-        {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after.get(at, "")}
+        {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after[at]}
         for at, text in before.items()
+        if at in after  # else it was not asked: another record of its pool would have made it ambiguous
         for record, kind, prompt, gold in [at]
     ]
     return {"points": points, "answers": answers, "memory": {"before": memory.before, "peak": memory.peak}}

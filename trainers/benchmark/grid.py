@@ -139,6 +139,7 @@ class Cell:
 
     def file(self, out: Path) -> Path:
         run = f"{self.mode}-{'-'.join(map(str, self.edits))}" + (f"-by{self.batch}" if self.batch > 1 else "")
+        run += f"-asked{self.asked}" if self.asked is not None else ""
         return out / "cells" / self.dataset / run / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', self.editor)}.json"
 
     def key(self) -> str:

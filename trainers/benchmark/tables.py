@@ -127,7 +127,8 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         notes += [
             f"{r['editor']} failed: {r['error']}"
             for r in failed
-            if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch) and edits in r["edits"]
+            if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch)
+            and (mode != "batch" or edits in r["edits"])
         ]
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
         yield f"{dataset}, {how}, {of}", heads, rows, notes
