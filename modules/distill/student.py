@@ -67,6 +67,8 @@ class Student(nn.Module):
         self.language_model = backbone.model
         for name, p in self.language_model.named_parameters():
             p.requires_grad_("lora_" in name)
+            if p.requires_grad:
+                p.data = p.data.float()  # peft makes them in the model's precision
         self.start = dict(start)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ B queries, N distinct edits, T tokens.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from datamodules.tensors import Tensors
 from datamodules.tokens import encode, pad, pad_id
 
 Kind = Literal["request", "rephrase", "portability", "multi_hop", "locality"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -143,7 +144,7 @@ class GistCollator:
         ]
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
         # a record that has none of the wanted kinds is asked what it has, the edits themselves before all
-        other: Kind = next(k for k in options if options[k])
+        other: Kind = asked_first(slot.record, (k for k in options if options[k]))
         kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else other
         return draw.choice(options[kind])
 
@@ -201,6 +202,17 @@ def _of_one_edit(record: EditRecord) -> dict[Kind, list[tuple[Query, int | None]
     }
     found["request"] = [(Query(r.prompt, (r.target,)), i) for i, r in enumerate(record.requests) if r.target]
     return found
+
+
+def asked_first(record: EditRecord, found: Iterator[T]) -> T:
+    """The first of what a record can be asked.
+
+    Raises:
+        ValueError: where there is nothing.
+    """
+    for one in found:
+        return one
+    raise ValueError(f"the record {record.id!r} asks nothing about its edit: give it a rephrase, or leave it out")
 
 
 def queries_by_kind(record: EditRecord) -> dict[Kind, list[Query]]:

@@ -16,7 +16,7 @@ from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot, stable_hash
 from datamodules.tensors import Tensors
 from datamodules.tokens import Encoded, encode, pad, pad_id
-from modules.gist.batch import Kind, queries_by_kind, subjects_of_pools
+from modules.gist.batch import Kind, asked_first, queries_by_kind, subjects_of_pools
 
 
 @dataclass
@@ -186,7 +186,7 @@ class EditCollator:
         options = clear if any(clear.values()) else every
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
         # a record that has none of the wanted kinds is asked what it has, the edit itself before all
-        other: Kind = next(k for k in options if options[k])
+        other: Kind = asked_first(slot.record, (k for k in options if options[k]))
         kind = draw.choices(kinds, [self.config.rates[k] for k in kinds])[0] if kinds else other
         return draw.choice(options[kind])
 

@@ -16,7 +16,7 @@ from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot
 from datamodules.tensors import Tensors
 from datamodules.tokens import encode
-from modules.gist.batch import Kind, queries_by_kind
+from modules.gist.batch import Kind, asked_first, queries_by_kind
 from modules.hypernetwork.batch import Scored, padded, scored
 from modules.serac.encoder import TextTokens
 from modules.serac.negatives import HardConfig, HardNegatives
@@ -176,15 +176,15 @@ class SeracCollator:
         asked = []
         for i, (record, _, seed) in enumerate(slots):
             draw, options = random.Random(seed), _of_one_edit(record)
-            asked += [_Asked(self._positive(draw, options), i, True) for _ in range(self.config.positives)]
+            asked += [_Asked(self._positive(draw, record, options), i, True) for _ in range(self.config.positives)]
             drawn = [self._negative(draw, record, options["locality"]) for _ in range(self.config.negatives)]
             asked += [_Asked(query, i, False) for query in drawn if query]
         return asked
 
-    def _positive(self, draw: random.Random, options: Mapping[Kind, list[Query]]) -> Query:
+    def _positive(self, draw: random.Random, record: EditRecord, options: Mapping[Kind, list[Query]]) -> Query:
         kinds: list[Kind] = [k for k, rate in self.config.rates.items() if rate and options[k]]
         if not kinds:  # it is asked what it has, the edit itself before all
-            return draw.choice(next(options[k] for k in _IN_SCOPE if options[k]))
+            return draw.choice(asked_first(record, (options[k] for k in _IN_SCOPE if options[k])))
         return draw.choice(options[draw.choices(kinds, [self.config.rates[k] for k in kinds])[0]])
 
     def _negative(self, draw: random.Random, record: EditRecord, own: Sequence[Query]) -> Query | None:

@@ -153,6 +153,8 @@ class InComeS(TrainedModule[GistModel]):
         else:
             for name, p in language_model.named_parameters():
                 p.requires_grad_("lora_" in name)
+                if p.requires_grad:
+                    p.data = p.data.float()  # peft makes them in the model's precision
 
     @property
     def teacher(self) -> nn.Module:

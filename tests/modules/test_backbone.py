@@ -1,7 +1,9 @@
 """Backbones: loading, what is refused, and the switch that turns adapters off."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modules.backbone import PARTS, Backbone, BackboneConfig, adapters_off, load_backbone, load_tokenizer
+from modules.backbone import (
+    PARTS,
+    Backbone,
+    BackboneConfig,
+    _apply_liger,
+    adapters_off,
+    cast,
+    load_backbone,
+    load_tokenizer,
+)
 
 
 @pytest.mark.parametrize("kind", sorted(PARTS))
@@ -46,6 +57,37 @@ def test_random_weights_do_not_depend_on_what_was_drawn_before(tiny_config: Call
     second = load_backbone(tiny_config()).model.state_dict()
     assert all(torch.equal(first[n], t) for n, t in second.items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_weights_do_not_depend_on_the_device_that_is_built_for(
+    tiny_config: Callable[..., BackboneConfig],
+) -> None:
+    """Lightning builds within `with torch.device("cuda")`, whose generator draws others; ZeRO-3 does not."""
+    first = load_backbone(tiny_config()).model.state_dict()
+    with torch.device("meta"):
+        second = load_backbone(tiny_config()).model.state_dict()
+    assert all(torch.equal(first[n], t) for n, t in second.items())
+
+
+def test_a_cast_spares_the_rotary_frequencies(tiny: Callable[..., Backbone]) -> None:
+    model = tiny(tie_word_embeddings=True).model
+    frequencies = model.base_model.rotary_emb.inv_freq.clone()
+    cast(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.base_model.rotary_emb.inv_freq, frequencies)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # still one
+
+
+def test_liger_leaves_the_keys_as_they_are(tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rotation writes into them, and gists keep them from before it."""
+    import liger_kernel.transformers as liger
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(liger, "_apply_liger_kernel_to_instance", lambda **options: told.update(options))
+    _apply_liger(tiny().model)
+    assert told["rope"] is False
+    assert "rope" in inspect.signature(liger.apply_liger_kernel_to_qwen2).parameters
 
 
 def test_missing_sources_are_named(tmp_path: Path) -> None:

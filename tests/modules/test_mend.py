@@ -258,7 +258,7 @@ def test_statistics_are_taken_in_at_the_end_of_an_optimizer_step(
 ) -> None:
     module = build(moved=False)
     counts = []
-    module._trainer = SimpleNamespace(accumulate_grad_batches=2)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0, log_every_n_steps=10)  # type: ignore[assignment]
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     batch = batch_of(module, records)
     statistics: Any = module.deltas.network.statistics["48x32"]

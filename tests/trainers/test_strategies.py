@@ -1,6 +1,7 @@
 """What ZeRO is set to, and what is refused before any process is started. What it does: test_same_update.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def test_settings_reach_deepspeed() -> None:
 def test_settings_that_do_not_go_together_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Zero(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fp16", "scale", "refused"), [(False, 0, True), (True, 0, False), (True, 128, True)])
+def test_a_search_for_the_loss_scale_is_no_bad_step(fp16: bool, scale: float, refused: bool) -> None:
+    """fp16 begins with too large a scale on purpose; with a fixed one, or in bf16, an overflow is what it seems."""
+    engine = SimpleNamespace(
+        fp16_enabled=lambda: fp16, dynamic_loss_scale=lambda: scale == 0, optimizer=SimpleNamespace(overflow=True)
+    )
+    strategy = SimpleNamespace(deepspeed_engine=engine)
+    assert Zero.refused_step.fget(strategy) is refused  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
