@@ -33,8 +33,9 @@ class Source:
     Args:
         format: name of the format, one of `datamodules.readers.FORMATS`.
         path: the file, looked for from the working directory and then below the folder named by the environment
-            variable PALIMPSEST_DATA; `hub:owner/name:split` on the Hugging Face hub (see `readers.hub`); for "hub" the
-            data set's name; none for records that are generated ("facts").
+            variable PALIMPSEST_DATA, under this name or with or without a final .gz; `hub:owner/name:split` on the
+            Hugging Face hub (see `readers.hub`); for "hub" the data set's name; none for records that are generated
+            ("facts").
         options: further arguments of the format's reader, such as `split: val` for "facts".
         skip: pass over so many records at the beginning.
         limit: of what follows, take the first records only, this many at most.
@@ -86,9 +87,12 @@ class Source:
             return None
         folder = os.environ.get(DATA_FOLDER)
         places = [Path.cwd(), *([Path(folder).expanduser()] if folder else [])]
-        for place in places:
-            if (found := place / Path(self.path).expanduser()).exists():
-                return found.resolve()
+        given = Path(self.path).expanduser()
+        other = given.with_suffix("") if given.suffix == ".gz" else given.with_name(f"{given.name}.gz")
+        for name in (given, other):  # packed or not, as it comes
+            for place in places:
+                if (found := place / name).exists():
+                    return found.resolve()
         looked = f"looked in {' and in '.join(map(str, places))}"
         hint = "" if folder else f"; {DATA_FOLDER}, which may name a folder of data, is not set"
         raise FileNotFoundError(f"no data file {self.path} (format {self.format}): {looked}{hint}")

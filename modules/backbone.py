@@ -289,6 +289,10 @@ def _refuse_missing(source: str, model: PreTrainedModel, info: Mapping[str, Any]
         )
 
 
+class BackboneError(ValueError):
+    """A language model that cannot be had."""
+
+
 class _naming:
     """Turn whatever a loader raises into one error that names the source."""
 
@@ -300,7 +304,7 @@ class _naming:
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if isinstance(error, Exception):
-            raise ValueError(
+            raise BackboneError(
                 f"cannot load backbone {self.source!r}: {str(error)[:500]}\nGive backbone.source a Hugging Face name, "
                 f"a local folder, gguf:FILE or gguf:PACKAGE, or random:TYPE."
             ) from error

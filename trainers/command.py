@@ -14,8 +14,8 @@ from trainers.cli import resolve_configs
 def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
     """Parse `--config NAME` and `--key value` into the function's arguments and call it.
 
-    What a user did wrong (ValueError, what a method cannot do, missing or existing files) ends the program with exit
-    code 1 and one line.
+    What a user did wrong (ValueError, what a method cannot do, files that are missing, in the way or not to be written)
+    ends the program with exit code 1 and one line.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(
@@ -27,7 +27,7 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
         given: Any = parser.parse_args(appended(resolve_configs(sys.argv[1:] if args is None else args), function))
         built: Any = parser.instantiate_classes(given)
         return function(**{name: built[name] for name in inspect.signature(function).parameters})
-    except (ValueError, NotImplementedError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

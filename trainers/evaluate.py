@@ -15,6 +15,7 @@ from trainers.command import run
 from trainers.editors import Spec
 from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
 from trainers.protocols import Demonstrations, Judging, Protocol
+from trainers.report import check_file
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
 
@@ -88,6 +89,7 @@ def evaluate(
     judging = Judging(protocol, exact_match, demonstrations or Demonstrations(), fluency, references)
     if baselines is None:
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
+    check_file(Path(out), "--out")
     specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device)
     wanted_of(specs)
     if benchmark:

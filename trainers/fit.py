@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from datamodules.readers.base import DataError
+from modules.backbone import BackboneError
 from trainers import estimate
 from trainers.callbacks.non_finite import NonFiniteError
 from trainers.callbacks.preemption import PREEMPTED
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         # weights_only stays on: a checkpoint is data, and loading it runs no code
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
-    except (CheckpointError, DataError, NonFiniteError) as error:  # perhaps of this rank alone
+    except (BackboneError, CheckpointError, DataError, NonFiniteError) as error:  # perhaps of this rank alone
         sys.exit(f"error: {error}" if is_rank_zero() else f"error on rank {rank()}: {error}")
 
 

@@ -174,9 +174,29 @@ def write_json(path: Path, report: Report) -> None:
     write_text(path, json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_file(path: Path, flag: str = "") -> None:
+    """Make the folder of a file that is to be written, and refuse what cannot be one.
+
+    Args:
+        flag: what a user set it by, for the message.
+
+    Raises:
+        ValueError: for a folder, and where none can be made for the file or written to.
+    """
+    said = f"{flag} {path}".strip()
+    if path.is_dir():
+        raise ValueError(f"{said} is a folder; give a file in it, such as {path / 'results.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise ValueError(f"{said} cannot be written: {error.strerror}; give another file") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that is whole at any time: to a temporary file beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_file(path)
     with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:

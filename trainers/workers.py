@@ -65,11 +65,22 @@ def build(specs: Specs, device: str | None = None) -> tuple[Backbone, list[Chose
     model = load_backbone(specs.backbone) if specs.backbone else next(iter(exported.values())).reader
     if isinstance(model, WithoutAdapters):  # only its own editor passes its adapters by
         model = load_backbone(model.config, model.tokenizer)
+    for folder, editor in exported.items():
+        if (own := editor.reader) is not model and _size(own) != _size(model):
+            raise ValueError(
+                f"--editor {folder} was trained on {own.config.source}, and backbone.source is {model.config.source}: "
+                f"give --backbone null, or --backbone.source {own.config.source}"
+            )
     model.model.to(place)  # type: ignore[arg-type]
     for editor in exported.values():
         editor.to(place)
     baselines = [Chosen(BASELINES[name](), {"baseline": name}) for name in specs.baselines]
     return model, baselines + choose(wanted, model, exported)
+
+
+def _size(backbone: Backbone) -> tuple[Any, ...]:
+    """What no editor can look past."""
+    return backbone.model.config.model_type, len(backbone.layers), backbone.hidden_size
 
 
 def device_named(name: str) -> torch.device:

@@ -92,6 +92,16 @@ def test_one_file_is_split_by_skip_and_limit(tmp_path: Path) -> None:
         Source("facts", skip=-1)
 
 
+def test_files_are_found_packed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    assert Source("records", "a.jsonl.gz").located() == (tmp_path / "a.jsonl").resolve()
+    assert Source("records", "b.jsonl").located() == (tmp_path / "b.jsonl.gz").resolve()
+    with pytest.raises(FileNotFoundError, match=r"no data file c\.jsonl\.gz"):
+        Source("records", "c.jsonl.gz").located()
+
+
 def test_cache_is_used_again_and_renewed_when_the_file_changes(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     source = Source("records", write(path, 3))

@@ -18,7 +18,7 @@ from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers import evaluation_run
 from trainers.evaluation_run import run_evaluation
 from trainers.protocols import Judging
-from trainers.report import Report, contradictions, failures, markdown_table, print_table, write_json
+from trainers.report import Report, check_file, contradictions, failures, markdown_table, print_table, write_json
 
 SHAPE = {
     "hidden_size": 32,
@@ -286,3 +286,13 @@ def test_contradictions_are_told_once_for_a_number_of_edits() -> None:
     screen = StringIO()
     print_table(report, Console(file=screen, width=200))
     assert f"3 of 10 {rest}" in screen.getvalue()
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out .* is a folder; give a file in it, such as .*results\.json"):
+        check_file(tmp_path, "--out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out .* cannot be written: .*; give another file"):
+        check_file(tmp_path / "file" / "results.json", "--out")
+    check_file(tmp_path / "new" / "results.json", "--out")
+    assert list((tmp_path / "new").iterdir()) == []
