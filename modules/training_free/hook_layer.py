@@ -95,7 +95,8 @@ class Gate:
         self.squares = self.squares + (norm.square() * counted).sum(1, keepdim=True)
         mean = self.total / self.count.clamp(min=1)
         variance = (self.squares - self.count * mean.square()).clamp(min=0) / (self.count - 1).clamp(min=1)
-        known = counted & (variance > 1e-12 * mean.square())  # two tokens that differ, at least
+        # of two tokens one always has the highest score that there can be, so that they say nothing
+        known = counted & (self.count > 2) & (variance > 1e-12 * mean.square())
         self.scores = torch.where(known, (norm - mean) / variance.sqrt().clamp(min=1e-300), -torch.inf)
         if self.scope.relative:
             self.scores = self.scores / self._bound().clamp(min=1e-300)

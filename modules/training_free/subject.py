@@ -82,9 +82,10 @@ def subject_states(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for at in range(0, len(order), chunk):
         batch = order[at : at + chunk]
-        # what comes after the subject cannot change it
-        ids, mask = pad([rows[i].ids[: rows[i].subject + 1] for i in batch], pad_id(backbone.tokenizer))
-        place = mask.sum(1) - 1
+        # The whole prompt, though what comes after the subject is not seen by it: the gates of COMEBA-HK's hook layers
+        # judge each token among all of its text.
+        ids, mask = pad([rows[i].ids[: rows[i].target] for i in batch], pad_id(backbone.tokenizer))
+        place = torch.tensor([rows[i].subject for i in batch])
         got: dict[str, Tensor] = {}
         with _watching(backbone.model, wanted, got, place.to(backbone.device)):
             backbone.model.base_model(

@@ -114,6 +114,16 @@ def test_short_prompts_are_judged_by_what_their_length_allows() -> None:
         assert gate.open.tolist() == [[False, False, opens, False, False]]
 
 
+def test_two_tokens_say_nothing() -> None:
+    """One of two always has the highest score there can be, whatever the text is about."""
+    x = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0))
+    for length, opens in ((2, False), (3, True)):
+        for scope in (Scope(short=0.5), Scope(alpha=0.5, relative=True)):
+            gate = Gate(term(), scope.alpha, scope)
+            run(gate, x[:, :length], torch.ones(1, length, dtype=torch.bool))
+            assert bool(gate.open.any()) is opens
+
+
 def test_the_first_token_can_be_left_out() -> None:
     x = torch.ones(1, 9, 6) + 0.05 * torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(0))
     x[0, 0] *= 100  # what a text begins with
