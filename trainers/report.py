@@ -196,7 +196,7 @@ def check_file(path: Path, flag: str = "") -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is whole at any time: to a temporary file beside it, then renamed."""
-    check_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
