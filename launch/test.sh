@@ -6,6 +6,9 @@ install "[dev,lm-eval]"
 if ! command -v g++ >/dev/null && command -v apt-get >/dev/null; then
     echo "== installing g++"; apt-get install --yes --quiet g++ >/dev/null
 fi
+# ... into a folder of this checkout's own, where no lock of a killed run can keep the tests waiting
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
+rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
 echo "== ruff";   ruff check . ; ruff format --check .
 echo "== types";  pyright
 echo "== imports"; lint-imports --no-cache

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+LIMIT = 300  # seconds for the runs of one job
 sys.path.insert(0, str(ROOT))
 
 QUIET = [
@@ -87,9 +88,15 @@ def together(folder: Path, runs: Sequence[Mapping[str, Any]], ranks: int = 2) ->
     import torch
 
     started = start(folder, runs, ranks)
-    codes = [process.wait(timeout=300) for process in started]
+    end = time.monotonic() + LIMIT
+    codes: list[int | None] = [None] * ranks
+    while None in codes and time.monotonic() < end:
+        time.sleep(0.05)
+        codes = [process.poll() for process in started]
+    for process in started:  # who waits for a rank that will not come holds locks that others wait for
+        process.kill()
     said = "\n".join((folder / f"out{rank}.txt").read_text()[-3000:] for rank in range(ranks))
-    assert codes == [0] * ranks, said
+    assert codes == [0] * ranks, f"exit codes {codes} (None: not ended after {LIMIT} s)\n{said}"
     return {run["name"]: torch.load(folder / f"{run['name']}.pt", weights_only=True) for run in runs}
 
 

@@ -73,4 +73,4 @@ def unchanged(folder: Path) -> float:
             times.append(path.stat().st_mtime)
         except OSError:  # removed meanwhile
             continue
-    return max(0.0, time.time() - max(times))
+    return abs(time.time() - max(times))  # a clock that was set back, too, leaves a file alone
