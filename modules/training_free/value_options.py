@@ -49,6 +49,8 @@ class ValueOptions:
         decay: `released`: ||delta|| / ||v0||^2; `relative`: ||delta|| / ||v0||.
         clamp: of ||delta||, in units of ||v0||.
         kl_factor: of the drift of "{subject} is a".
+        kl_at: where drift is measured: after the whole phrase, as the papers have it, or at the subject's last token,
+            where released code reads it.
         stop: an edit whose loss is below is done.
         eac: keep the coordinates that matter most; `steps` is then unused.
         chunk: rows (contexts of all edits) of one pass.
@@ -66,6 +68,7 @@ class ValueOptions:
     decay: Literal["released", "relative"] = "released"
     clamp: float = 0.75
     kl_factor: float = 0.0625
+    kl_at: Literal["phrase", "subject"] = "phrase"
     stop: float = 0.05
     eac: EAC | None = None
     chunk: int = 256
@@ -77,3 +80,5 @@ class ValueOptions:
             raise ValueError(f"values: steps, chunk and group must be at least 1, lr and clamp positive, got {self}")
         if min(self.weight_decay, self.kl_factor) < 0:
             raise ValueError(f"values: weight_decay and kl_factor must not be negative, got {self}")
+        if self.kl_at not in ("phrase", "subject"):
+            raise ValueError(f"values: kl_at must be phrase or subject, got {self.kl_at!r}")

@@ -5,7 +5,7 @@ Each edit has a change of its own, added at the subject's last token of all its 
 its loss is of its own rows alone, so that many edits in one batch find what each finds by itself.
 
     loss = mean over contexts of the target's mean NLL + kl_factor * KL(edited || unedited) of what follows
-           "{subject} is a" + weight_decay * ||delta|| / ||v0||^p
+           "{subject} is a" (or the subject, `kl_at`) + weight_decay * ||delta|| / ||v0||^p
     after every step ||delta|| <= clamp * ||v0||
 
 Sources: ROME (arXiv 2202.05262, eq. 4) and MEMIT (arXiv 2210.07229, eq. 16) with the losses of their released code;
@@ -141,8 +141,9 @@ def _search(
         for prefix in prefixes
     ]
     if options.kl_factor:
+        rest = " is a" if options.kl_at == "phrase" else ""
         prompts += [
-            Prompt(row(backbone, f"{r.subject} is a", str(r.subject)), e, options.kl_factor, drift=True)
+            Prompt(row(backbone, f"{r.subject}{rest}", str(r.subject)), e, options.kl_factor, drift=True)
             for e, r in enumerate(requests)
         ]
     bare = [row(backbone, r.prompt, str(r.subject)) for r in requests]

@@ -68,7 +68,8 @@ def plainly(backbone: Backbone, request: EditRequest, layer: int, place: Place, 
     logits(bare.ids, at, False)
     norms = torch.stack(initial).norm(dim=-1)
     drift, drift_at = encode_subject(backbone.tokenizer, f"{request.subject} is a", str(request.subject))
-    before = logits(drift.ids, drift_at, False)[-1].detach()
+    seen_at = -1 if options.kl_at == "phrase" else drift_at
+    before = logits(drift.ids, drift_at, False)[seen_at].detach()
     optimizer = torch.optim.Adam([delta], lr=options.lr)
     for step in range(options.steps):
         loss = torch.zeros((), dtype=torch.float64)
@@ -77,7 +78,7 @@ def plainly(backbone: Backbone, request: EditRequest, layer: int, place: Place, 
             logp = logits(row.ids, at, True)
             start = encode(backbone.tokenizer, request.prompt, request.target, prefix).target_start
             loss = loss + F.nll_loss(logp[start - 1 : -1], torch.tensor(row.ids[start:])) / len(PREFIXES)
-        after = logits(drift.ids, drift_at, True)[-1]
+        after = logits(drift.ids, drift_at, True)[seen_at]
         loss = loss + options.kl_factor * F.kl_div(before, after, reduction="sum", log_target=True)
         power = 2 if options.decay == "released" else 1
         loss = loss + options.weight_decay * (delta.norm(dim=-1) / norms**power).sum()
@@ -115,6 +116,16 @@ def test_a_batch_finds_what_whole_passes_find_one_by_one(
         if layer < 3 or request.prompt == request.subject:  # else nothing above carries the change to the target
             assert expected.norm() > 0.1
         torch.testing.assert_close(found.delta[e], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_drift_at_the_subject_as_released_code_reads_it(exact: Callable[..., Backbone]) -> None:
+    backbone = exact("llama")
+    options = replace(OPTIONS, kl_at="subject", kl_factor=2.0)
+    found = find_values(backbone, REQUESTS, PREFIXES, 1, "layer", options)
+    for e, request in enumerate(REQUESTS):
+        expected = plainly(backbone, request, 1, "layer", options)
+        torch.testing.assert_close(found.delta[e], expected, rtol=1e-5, atol=1e-6)
+        assert (expected - plainly(backbone, request, 1, "layer", replace(options, kl_at="phrase"))).norm() > 0.01
 
 
 def test_gptj_whose_layers_return_tuples(tiny: Callable[..., Backbone]) -> None:
@@ -186,7 +197,7 @@ def test_works_in_inference_mode_and_while_layers_are_recomputed(tiny: Callable[
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    for wrong in ({"steps": 0}, {"clamp": 0.0}, {"kl_factor": -1.0}, {"chunk": 0}):
+    for wrong in ({"steps": 0}, {"clamp": 0.0}, {"kl_factor": -1.0}, {"chunk": 0}, {"kl_at": "end"}):
         with pytest.raises(ValueError, match="values"):
             ValueOptions(**wrong)
     with pytest.raises(ValueError, match="eac"):
