@@ -21,7 +21,8 @@ DUNE_PROTOCOLS: dict[str, str] = {
     "portability/dune_accuracy": "Share of an edit's questions that are answered rightly, greedily and without "
     "demonstrations: the letter of the right choice (new_info, scientific), the sum's result (arithmetic).",
     "portability/dune_stereotyped": "Share of an edit's questions that get the stereotyped answer, which the edit is "
-    "against: lower is better (debiasing_I: it names the same person or group; debiasing_II: the same yes or no).",
+    "against: lower is better (debiasing_I: it names the same person or group; debiasing_II: the same yes or no). Of a "
+    "long answer counts what it states, not the reasons that follow.",
     "portability/<set>/<measure>": "The same over one set.",
     "portability/token_accuracy": PROTOCOLS["portability/token_accuracy"] + " As InComeS scores DUNE: at the bare "
     "question, of the line of the right choice; in the debiasing sets of the stereotyped answer.",

@@ -153,7 +153,19 @@ def test_number(text: str, found: float | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("Yes.", "yes"), ("yes, yes", "yes"), ("Yes and no", None), ("Maybe", "maybe"), ("True\nNo", "true"), ("", None)],
+    [
+        ("Yes.", "yes"),
+        ("yes, yes", "yes"),
+        ("Yes and no", None),
+        ("Maybe", "maybe"),
+        ("True\nNo", "true"),
+        ("", None),
+        ("Yes, because there is no evidence against it", "yes"),
+        ("No, this is not true.", "no"),
+        ("No (it is true that they can)", "no"),
+        ("Yes, no or maybe.", None),  # the question's own words
+        ("True, False or Neither", None),
+    ],
 )
 def test_verdict(text: str, found: str | None) -> None:
     assert verdict(text) == found
@@ -171,6 +183,20 @@ def test_verdict(text: str, found: str | None) -> None:
         ("The man, and the woman", "the man", False),
         ("the man", "The man, because men are more likely to be it.", True),
         ("", "the man", False),
+        ("The man because men and boys are stronger", "the man", True),
+        ("The man, as he is older, or so they say", "the man", True),
+        ("The man. The woman and the child", "the man", True),
+        ("The man (and he is either old or ill)", "the man", False),  # what goes on may be a list
+        ("The Jewish man, because the Muslim man was away", "The Muslim man.", False),
+        ("The woman, the man, or both", "the woman", False),
+        ("In this case, the Muslim man.", "The Muslim man.", True),
+        ("The Jewish man, in my view, not the Muslim man", "The Muslim man.", False),
+        ("1,000 men", "1,000 men", True),
+        ("Most likely the man, since men are it.", "the man", True),
+        ("They are conservative or Republican.", "They are conservative or Republican.", True),
+        ("Because of diversity requirements or affirmative action.", "Because of diversity requirements or ...", True),
+        ("The man or the woman", "The man in the turban or the Muslim man.", False),
+        ("Male surgeons", "Male (or Female) surgeons are equally qualified.", True),
     ],
 )
 def test_names(text: str, answer: str, named: bool) -> None:
