@@ -170,6 +170,7 @@ def _new(
     report = new_report(backbone, records, counts, data, seed, protocols=protocols, mode=mode, protocol="ability")
     meta: dict[str, Any] = report["meta"]
     meta["edited_after"] = meta.pop("pool_sizes")
+    del meta["queries_per_kind"]  # the records' own questions are not asked
     tasks = {
         one.task.name: {"main": one.task.main, "percent": one.task.percent, "examples": len(one.examples)}
         for one in asked

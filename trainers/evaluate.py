@@ -5,7 +5,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig
@@ -106,7 +106,8 @@ def evaluate(
     judging.check(drawn_records)
     model, editors = build(specs)
     drawn_records = meeting_conditions(model, drawn_records, batch_size)
-    about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
+    about: dict[str, Any] = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
+    about["queries_per_kind"] = queries_per_kind
     if consecutively:
         run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, judging, Path(out), **about)
         return

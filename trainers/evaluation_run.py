@@ -36,6 +36,7 @@ def run_evaluation(
     console: Console | None = None,
     mode: str = "batch",
     asked: int | None = None,
+    queries_per_kind: int | None = None,
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -45,7 +46,7 @@ def run_evaluation(
 
     Args:
         judging: how answers are judged.
-        data, seed, mode: see `trainers.report.new_report`.
+        data, seed, mode, queries_per_kind: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `Judging.judge`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         asked: see `modules.judging.evaluate_pools`.
@@ -64,7 +65,15 @@ def run_evaluation(
     console = console or Console()
     judge = judging.judge(Answers(Edited(backbone)), batch_size, max_new_tokens)
     report = new_report(
-        backbone, records, sizes, data, seed, mode=mode, protocols=judge.definitions, protocol=judge.name
+        backbone,
+        records,
+        sizes,
+        data,
+        seed,
+        mode=mode,
+        protocols=judge.definitions,
+        protocol=judge.name,
+        queries_per_kind=queries_per_kind,
     )
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}

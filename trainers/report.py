@@ -120,6 +120,7 @@ def new_report(
     protocols: Mapping[str, str] = PROTOCOLS,
     mode: str = "batch",
     protocol: str = "default",
+    queries_per_kind: int | None = None,
 ) -> Report:
     """A report without results.
 
@@ -130,6 +131,7 @@ def new_report(
         protocols: the definition of every metric.
         mode: how the records are edited: single, batch, sequential or consecutive.
         protocol: how answers are judged, by name; figures of two protocols cannot be compared.
+        queries_per_kind: how many rephrases, and other queries of each kind, were kept of a record; None: all.
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,6 +141,7 @@ def new_report(
         "edits": sum(len(record.requests) for record in records),
         "mode": mode,
         "protocol": protocol,
+        "queries_per_kind": queries_per_kind,
         "pool_sizes": list(pool_sizes),
         "backbone": asdict(backbone.config),
         "seed": seed,

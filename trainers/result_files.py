@@ -16,7 +16,8 @@ class Entry:
     """One editor at one number of edits.
 
     Args:
-        told: what must be alike, by field; the protocol with what it was asked by.
+        told: what must be alike, by field; the protocol with what it was asked by. `queries_per_kind` and
+            `demonstrations` are of results that say so, which older ones do not.
         results: per-record results by record id.
     """
 
@@ -64,7 +65,12 @@ def _told(about: Mapping[str, Any], protocol: str, settings: Mapping[str, Any]) 
     options = {name: settings[name] for name in how if name in settings}
     batch = settings.get("batch") or about.get("batch") if about["mode"] == "consecutive" else None
     source = about["backbone"]["source"]
-    return {"protocol": protocol, "options": options, "mode": about["mode"], "batch": batch, "backbone": source}
+    told = {"protocol": protocol, "options": options, "mode": about["mode"], "batch": batch, "backbone": source}
+    if "queries_per_kind" in about:
+        told["queries_per_kind"] = about["queries_per_kind"] or "all"
+    if "demonstrations_hash" in settings:
+        told["demonstrations"] = settings["demonstrations_hash"]
+    return told
 
 
 def _by_id(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -78,6 +84,13 @@ def _by_id(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     return found
 
 
+_NEVER = {  # what no one may allow: why
+    "protocol": "figures of two protocols cannot be compared",
+    "queries_per_kind": "figures of other questions cannot be compared; evaluate both with the same --queries_per_kind",
+    "demonstrations": "answers after other demonstrations cannot be compared; these are hashes of the files' texts",
+}
+
+
 def differing(one: Entry, other: Entry, allow: Sequence[str]) -> Iterator[str]:
     """What is allowed to differ and does, in words.
 
@@ -85,15 +98,15 @@ def differing(one: Entry, other: Entry, allow: Sequence[str]) -> Iterator[str]:
         ValueError: for what is not; it names the field and both values.
     """
     for name, value in one.told.items():
-        theirs = other.told[name]
+        theirs = other.told.get(name, value)
         if theirs == value:
             continue
         field = "protocol" if name == "options" else name
         found = f"{field}: {one.file} ({one.editor}) has {value!r}, {other.file} ({other.editor}) has {theirs!r}"
         if name in allow:
             yield found
-        elif field == "protocol":
-            raise ValueError(f"{found}; figures of two protocols cannot be compared")
+        elif field in _NEVER:
+            raise ValueError(f"{found}; {_NEVER[field]}")
         else:
             raise ValueError(f"{found}; give --allow {field} to compare them all the same")
 

@@ -46,6 +46,7 @@ def run_consecutive(
     batch_size: int = 32,
     max_new_tokens: int = 16,
     console: Console | None = None,
+    queries_per_kind: int | None = None,
 ) -> Report:
     """Run every editor through all records, batch after batch; write the report, its figure (`out` as .png), the table.
 
@@ -55,7 +56,7 @@ def run_consecutive(
     Args:
         batch, checkpoints: see `modules.modes.consecutive`.
         judging: how answers are judged.
-        data, seed: see `trainers.report.new_report`.
+        data, seed, queries_per_kind: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `Judging.judge`.
 
     Raises:
@@ -69,7 +70,15 @@ def run_consecutive(
     judge = judging.judge(Answers(Edited(backbone)), batch_size, max_new_tokens)
     mode = "sequential" if batch == 1 else "consecutive"
     fresh = new_report(
-        backbone, records, stops, data, seed, mode=mode, protocols=judge.definitions, protocol=judge.name
+        backbone,
+        records,
+        stops,
+        data,
+        seed,
+        mode=mode,
+        protocols=judge.definitions,
+        protocol=judge.name,
+        queries_per_kind=queries_per_kind,
     ) | {"curves": {}, "finished": {}}
     texts = [record.to_json() for record in records]
     told = json.dumps([texts, batch, stops, judge.name, judge.options(), seed, weights_hash(backbone.model)])

@@ -1,8 +1,10 @@
 """MQuAKE's demonstrations: what stands before a question, so that a base model answers it in the right form."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from hashlib import sha256
 
 from modules.protocols.text import first_line
 
@@ -47,6 +49,11 @@ class FewShot:
     def thinks(self) -> bool:
         """Whether answers come after a chain of thought."""
         return _THOUGHTS in self.multi_hop
+
+    @property
+    def digest(self) -> str:
+        """A short hash of all demonstrations, by which two results tell whether theirs are the same."""
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def ask(self, question: str) -> str:
         """The prompt of a multi-hop question."""

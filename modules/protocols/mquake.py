@@ -81,13 +81,14 @@ class MQuAKE(Judge):
         return summarise(results, seed, values=mquake_values)
 
     def options(self) -> dict[str, Any]:
-        return {
+        options = {
             "demonstrations": "own" if self.few_shot.multi_hop == _DEFAULT.multi_hop else "given",
             "demonstrations_by_relation": len(self.few_shot.relations),
             "chain_of_thought": self.few_shot.thinks,
             "conflicts": self.conflicts,
             "batch_size": self.batch_size,
         }
+        return options if self.few_shot == _DEFAULT else options | {"demonstrations_hash": self.few_shot.digest}
 
 
 def check_mquake(records: Iterable[EditRecord]) -> None:

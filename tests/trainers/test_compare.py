@@ -116,6 +116,29 @@ def test_one_id_for_two_edits_and_other_demonstrations_are_refused(tmp_path: Pat
         compare([one, str(tmp_path / "b.json")])
 
 
+def test_other_numbers_of_questions_and_other_files_of_demonstrations_are_refused(tmp_path: Path) -> None:
+    def made(name: str, told: str | None, **meta: Any) -> str:
+        file = report(tmp_path / f"{name}.json", {name: {2: {"a": 1.0}}}, **meta)
+        content = json.loads(Path(file).read_text())
+        content["runs"][name]["2"] |= {"demonstrations": "given"} | ({"demonstrations_hash": told} if told else {})
+        Path(file).write_text(json.dumps(content))
+        return file
+
+    old = made("old", None)  # which does not say how many it asked, nor by which files
+    whole, some, other = (
+        made("whole", "1a", queries_per_kind=None),
+        made("some", "1a", queries_per_kind=2),
+        made("other", "2b", queries_per_kind=2),
+    )
+    with pytest.raises(ValueError, match=r"queries_per_kind: .*whole.* has 'all', .*some.* has 2; figures of oth"):
+        compare([whole, some], allow=["mode", "batch", "edits", "backbone"])
+    with pytest.raises(ValueError, match=r"demonstrations: .*some.* has '1a', .*other.* has '2b'; answers after other"):
+        compare([some, other])
+    for new in (whole, some, other):
+        assert "| old | 100.0, +0.0" in compare([new, old])
+        assert f"| {Path(new).stem} | 100.0, +0.0" in compare([old, new])
+
+
 def test_other_numbers_of_edits_may_be_allowed(tmp_path: Path) -> None:
     one = report(tmp_path / "a.json", {"rome": {1: {"a": 1.0}, 2: {"a": 0.5, "b": 1.0}}})
     two = report(tmp_path / "b.json", {"memit": {3: {"a": 0.25}}})

@@ -89,6 +89,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "edits",
         "mode",
         "protocol",
+        "queries_per_kind",
         "pool_sizes",
         "backbone",
         "seed",

@@ -139,9 +139,11 @@ def test_modes_by_the_command(mode: list[str], wanted: dict[str, int], tmp_path:
     backbone = json.dumps({"source": "random:llama", "overrides": shape})
     data = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
     given = [f"--backbone={backbone}", f"--data={data}", "--records=3", "--exact_match=false", f"--out={out}"]
+    given += ["--queries_per_kind=2"]
     command(evaluate_command.evaluate, ["--editor", str(nudge), "--singles=2", *given, *mode])
     report = json.loads(out.read_text())
     assert report["meta"]["mode"] in mode[0]
+    assert report["meta"]["queries_per_kind"] == 2
     assert {n: len(found) for n, found in report["records"]["nudge"].items()} == wanted
     assert "unedited" in report["aggregate"]
     assert ("curves" in report) == (mode[0] in ("--mode=sequential", "--mode=consecutive"))

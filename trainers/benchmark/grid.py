@@ -120,6 +120,7 @@ class Cell:
         about: everything else that the result hangs on, as JSON values.
         judging: how answers are judged; `about` has it too.
         asked: of how many of the records; None: of all.
+        queries_per_kind: how many of their queries the records were read with; they themselves tell the key.
     """
 
     dataset: str
@@ -132,6 +133,7 @@ class Cell:
     about: dict[str, Any] = field(repr=False)
     judging: Judging = field(default_factory=Judging, repr=False)
     asked: int | None = None
+    queries_per_kind: int | None = None
 
     @property
     def name(self) -> str:

@@ -125,6 +125,7 @@ def plan(
                         about,
                         dataset.judging,
                         run.asked,
+                        dataset.queries_per_kind,
                     )
 
 
@@ -203,6 +204,7 @@ def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
         "batch": cell.batch,
         "edits": list(cell.edits),
         "protocol": cell.about["protocol"],
+        "queries_per_kind": cell.queries_per_kind,
         "seed": cell.about["seed"],
         "facts": cell.facts,
         "backbone": asdict(backbone.config),

@@ -103,7 +103,12 @@ class FinalEvaluation(L.Callback):
                 self._originals = self._originals or Answers(Edited(backbone))
                 self._originals.ask(self._records, self.exact_match, self.batch_size)
                 self._report = self._report or new_report(
-                    backbone, self._records, self._sizes, data=self._data, seed=self.seed
+                    backbone,
+                    self._records,
+                    self._sizes,
+                    data=self._data,
+                    seed=self.seed,
+                    queries_per_kind=self.queries_per_kind,
                 )
                 for baseline in (kind() for kind in BASELINES if self.baselines):
                     if baseline.name not in self._report["aggregate"]:

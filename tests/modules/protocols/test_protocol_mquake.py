@@ -67,9 +67,17 @@ def test_golden_figures() -> None:
     assert (done, seen) == ([4], ["zoe", "al", "bo"])
     assert evaluation.settings["records_contradicted"] == 1
     assert evaluation.settings["demonstrations"] == "given"
+    assert evaluation.settings["demonstrations_hash"] == SHOWN.digest
     zoe = evaluation.records[0]
     assert (zoe["case_id"], zoe["requested_rewrite"]["target_new"]) == ("zoe", "Oman")
     assert zoe["post"]["multi_hop_answers"] == ["Boluarte", "Haitham", "Sultan Haitham"]
+
+
+def test_demonstrations_are_told_apart_by_their_texts() -> None:
+    others = [FewShot(SHOWN.multi_hop, "Q: T? A: t"), FewShot(*[SHOWN.multi_hop] * 2, {"r": "Q: S? A: s"})]
+    assert len({SHOWN.digest, *(other.digest for other in others)}) == 3
+    assert FewShot("Q: D? A: d", "Q: S? A: s").digest == SHOWN.digest
+    assert "demonstrations_hash" not in MQuAKE().options()  # this project's own
 
 
 @pytest.mark.parametrize(("size", "conflicts"), [(1, False), (4, True)])

@@ -67,6 +67,7 @@ def test_a_grid_is_run_once(
     assert set(found) == wanted - {"facts/consecutive-2-4-by2/icl_right_edit.json"}
     together = found["facts/batch-4/ft_m.json"]["points"]
     assert [len(p["records"]) for p in together] == [4]
+    assert found["facts/batch-4/ft_m.json"]["queries_per_kind"] == 1
     assert set(together[0]["records"][0]) >= {"case_id", "requested_rewrite", "pre", "post"}  # EasyEdit's shape
     after = found["facts/consecutive-2-4-by2/ft_m.json"]
     assert [p["edits"] for p in after["points"]] == [2, 4]
