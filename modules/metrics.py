@@ -4,6 +4,7 @@ A record's value is the mean over its queries of one sort (for multi-hop the max
 is the mean over the records that have such a query, so a record without one neither helps nor hurts.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -134,6 +135,12 @@ def summarise(
             "records": len(found),
         }
     return summary
+
+
+def from_file(value: float | None) -> float:
+    """A number of a result file, where null stands for one that is none (`trainers.report.write_json`): NaN again, so
+    that no mean passes over it."""
+    return math.nan if value is None else value
 
 
 class EditMetrics(Metric):

@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from modules.metrics import from_file
+
 LEGEND = (
     "Percent of {examples}, with 95% bootstrap intervals over examples; in brackets the change from the unedited "
     "model, with a star where its interval, of each example's own difference, leaves out zero."
@@ -72,9 +74,9 @@ def _shown(cell: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     if "metrics" not in cell:
         return "failed" if "error" in cell else ""
     found = cell["metrics"][main]
-    low, high = found["ci"]
-    text = f"{scale * found['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+    value, low, high = map(from_file, (found["value"], *found["ci"]))
+    text = f"{scale * value:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
     if change := cell.get("change", {}).get(main):
-        low, high = change["ci"]
-        text += f" ({scale * change['value']:+.1f}{'*' if low > 0 or high < 0 else ''})"
+        value, low, high = map(from_file, (change["value"], *change["ci"]))
+        text += f" ({scale * value:+.1f}{'*' if low > 0 or high < 0 else ''})"
     return text

@@ -8,6 +8,7 @@ A report is {"meta", "aggregate", "runs", "records"}; the last three are by edit
 """
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +32,7 @@ from modules.counterfact import COUNTERFACT
 from modules.export import versions
 from modules.fluency import CONSISTENCY, FLUENCY
 from modules.judging import Evaluation
-from modules.metrics import PROTOCOLS
+from modules.metrics import PROTOCOLS, from_file
 from modules.zsre import ZSRE
 
 Report = dict[str, Any]
@@ -173,8 +175,29 @@ def failures(report: Report) -> list[tuple[str, int, str]]:
 
 
 def write_json(path: Path, report: Report) -> None:
-    """Write the report so that the file is whole at any time."""
-    write_text(path, json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write the report so that the file is whole at any time. JSON has no NaN and no infinity: null stands for them,
+    with a warning (`modules.metrics.from_file` reads it)."""
+    try:
+        text = json.dumps(report, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # one number must not end hours of work
+        found: list[str] = []
+        text = json.dumps(_finite(report, "", found), ensure_ascii=False, allow_nan=False)
+        rank_zero_warn(
+            f"{path}: null stands for {len(found)} numbers that are NaN or infinite, the first is {found[0]}"
+        )
+    write_text(path, text + "\n")
+
+
+def _finite(value: Any, place: str, found: list[str]) -> Any:
+    """JSON values with None for numbers that are none, whose places are added to `found`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(of, f"{place}/{key}", found) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(of, f"{place}/{i}", found) for i, of in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        found.append(place.removeprefix("/"))
+        return None
+    return value
 
 
 def check_file(path: Path, flag: str = "") -> None:
@@ -270,8 +293,8 @@ def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str,
     for editor, size, cell in _cells(report):
         for metric, _ in columns:
             if metric in cell and metric not in UNRANKED and not _is_reference(report, editor, size):
-                value = round(cell[metric]["value"], 3)  # as shown: equal figures are equally good
-                best[size, metric] = max(value, best.get((size, metric), 0.0))
+                value = round(from_file(cell[metric]["value"]), 3)  # as shown: equal figures are equally good
+                best[size, metric] = max(best.get((size, metric), 0.0), value)  # the first, where the second is NaN
     digits = {key: places for key, _, places in COSTS}
     rows = []
     for editor, size, cell in _cells(report):
@@ -281,7 +304,7 @@ def _rows(report: Report, columns: Sequence[tuple[str, str]]) -> list[tuple[str,
             if metric in digits:
                 values.append((f"{run[metric]:.{digits[metric]}f}" if metric in run else "-", False))
                 continue
-            value = round(cell[metric]["value"], 3) if metric in cell else None
+            value = round(from_file(cell[metric]["value"]), 3) if metric in cell else None
             top = bool(value) and value == best.get((size, metric)) and not _is_reference(report, editor, size)
             values.append(("-", False) if value is None else (f"{100 * value:.1f}", top))
         rows.append((editor, size, values))

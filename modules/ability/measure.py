@@ -6,7 +6,7 @@ from typing import Any
 from modules.ability.task import Example, Task
 from modules.editor import Edited
 from modules.evaluation import now
-from modules.metrics import summarise
+from modules.metrics import from_file, summarise
 
 
 def measure(
@@ -66,11 +66,11 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -
     if [e["id"] for e in before["examples"]] != [e["id"] for e in after["examples"]]:
         raise ValueError("a change needs two results on the same examples")
     differences = [
-        {"post": {m: v - b["values"][m] for m, v in a["values"].items() if m in b["values"] and _number(v)}}
+        {"post": {m: from_file(v) - from_file(b["values"][m]) for m, v in a["values"].items() if _number(b, m, v)}}
         for b, a in zip(before["examples"], after["examples"], strict=True)
     ]
     return summarise(differences, seed, values=lambda post: post)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+def _number(before: Mapping[str, Any], metric: str, value: Any) -> bool:
+    return metric in before["values"] and (value is None or isinstance(value, (int, float)))

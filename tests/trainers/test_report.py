@@ -254,12 +254,33 @@ def test_best_is_bold_per_pool_size_and_references_do_not_compete() -> None:
 def test_write_is_whole_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     write_json(path, {"meta": {"a": 1}})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"meta": float("nan")})
     with pytest.raises(TypeError):
         write_json(path, {"meta": object()})
     assert json.loads(path.read_text()) == {"meta": {"a": 1}}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_numbers_that_are_none_are_written_as_null_and_told(tmp_path: Path) -> None:
+    path, norms = tmp_path / "r.json", {"unedited": 1.5, "edited": float("inf")}
+    with pytest.warns(
+        UserWarning, match=r"r\.json: null stands for 3 numbers .*, the first is curves/a/0/norms/edited"
+    ):
+        write_json(path, {"curves": {"a": [{"norms": norms}]}, "ci": (float("nan"), float("-inf"), 2), "name": "nan"})
+    assert json.loads(path.read_text()) == {
+        "curves": {"a": [{"norms": {"unedited": 1.5, "edited": None}}]},
+        "ci": [None, None, 2],
+        "name": "nan",
+    }
+    assert norms["edited"] == float("inf")  # what is written is a copy
+
+
+@pytest.mark.parametrize("none", [None, float("nan")])  # read from a file, and in the run itself
+def test_a_metric_that_is_no_number_is_shown_and_wins_nothing(none: float | None) -> None:
+    broken = {"reliability/token_accuracy": {"value": none, "ci": [none, none], "records": 1}}
+    cells = {name: {"10": made(reliability__token_accuracy=value)} for name, value in (("a", 0.5), ("c", 0.2))}
+    report: Report = {"meta": {}, "aggregate": {"x": {"10": broken}, **cells, "z": {"10": broken}}, "runs": {}}
+    rows = [line for line in markdown_table(report).splitlines() if line.startswith("|")][2:]
+    assert rows == ["| x | 10 | nan |", "| a | 10 | **50.0** |", "| c | 10 | 20.0 |", "| z | 10 | nan |"]
 
 
 def test_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from deltas import Nudge
 from rich.console import Console
 
 from datamodules.records import EditRecord
+from modules import modes
 from modules.backbone import Backbone
 from modules.training_free.icl import InContext, Unedited
 from trainers import evaluate as evaluate_command
@@ -88,6 +89,29 @@ def test_a_later_call_keeps_what_is_finished(backbone: Backbone, records: list[E
     assert Nudge.calls[4:] == [2, 2]
     run(backbone, records[:3], out, chosen(layers=[2]), batch=2)
     assert Nudge.calls[6:] == [2, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*null stands for")
+def test_norms_that_are_none_end_no_run_nor_a_later_one(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = modes.norms
+    monkeypatch.setattr(
+        modes, "norms", lambda *given: {n: of._replace(edited=float("nan")) for n, of in real(*given).items()}
+    )
+    out, editors = tmp_path / "r.json", chosen()
+    for kept in (False, True):  # the second time what it wrote is read
+        screen = StringIO()
+        report = run_consecutive(
+            editors, backbone, records, 1, [2], Judging(), out, console=Console(file=screen, width=100)
+        )
+        assert ("kept from" in screen.getvalue()) == kept
+        assert list(report["finished"]) == ["unedited", "nudge"]
+        (norm,) = json.loads(out.read_text())["curves"]["nudge"][0]["norms"].values()
+        assert norm["edited"] is None
+        assert norm["unedited"] > 0
+        growth = next(axes for axes in curves.retention(report).axes if "norm" in axes.get_title())
+        assert all(value != value for value in growth.get_lines()[0].get_ydata())
 
 
 def test_a_failure_is_marked_where_it_came_and_tried_again(

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from modules.metrics import from_file
 from trainers.benchmark.tables import Result, metrics_of, peak, points, seconds_per_edit
 from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
 from trainers.callbacks.figures import blank, open_axes
@@ -37,7 +38,7 @@ def over_number(results: Sequence[Result]) -> Figure | None:
     for axes, (metric, title) in zip(panels, columns, strict=True):
         for (editor, mode), found in at.items():
             colour, marker = look[editor]
-            line = sorted((n, m[metric]["value"]) for n, m in found if metric in m)
+            line = sorted((n, from_file(m[metric]["value"])) for n, m in found if metric in m)
             style = DASHES[modes.index(mode)]
             first = mode == next(m for e, m in at if e == editor)
             axes.plot(

@@ -2,10 +2,12 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.metrics import from_file
 from trainers.report import COLUMNS, UNRANKED, contradictions, write_text
 
 FIELDS: tuple[str, ...] = (
@@ -47,11 +49,9 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
             "peak_mib": peak(result),
         }
         for metric, cell in point["metrics"].items():
-            low, high = (f"{x:.6g}" for x in cell["ci"])
+            value, low, high = (f"{from_file(x):.6g}" for x in (cell["value"], *cell["ci"]))
             writer.writerow(
-                line
-                | {"metric": metric, "value": f"{cell['value']:.6g}", "low": low, "high": high}
-                | {"records": cell["records"]}
+                line | {"metric": metric, "value": value, "low": low, "high": high} | {"records": cell["records"]}
             )
     write_text(file, text.getvalue())
 
@@ -102,9 +102,9 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         best = {
             metric: max(
                 (
-                    round(p["metrics"][metric]["value"], 3)
+                    value
                     for r, p in members
-                    if metric in p["metrics"] and _competes(r, p)
+                    if metric in p["metrics"] and _competes(r, p) and not math.isnan(value := _shown(p, metric))
                 ),
                 default=None,
             )
@@ -115,7 +115,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
             texts = []
             for metric, _ in columns:
                 cell = point["metrics"].get(metric)
-                top = cell is not None and round(cell["value"], 3) == best[metric] and _competes(result, point)
+                top = cell is not None and _shown(point, metric) == best[metric] and _competes(result, point)
                 top = top and metric not in UNRANKED
                 texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
             texts += [(f"{seconds_per_edit(point):.2f}", False), (str(peak(result)), False)]
@@ -134,14 +134,19 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         yield f"{dataset}, {how}, {of}", heads, rows, notes
 
 
+def _shown(point: Mapping[str, Any], metric: str) -> float:
+    """As far as the table shows it: equal figures are equally good."""
+    return round(from_file(point["metrics"][metric]["value"]), 3)
+
+
 def _competes(result: Result, point: Mapping[str, Any]) -> bool:
     """The unedited model and upper bounds are there to compare with, not to win."""
     return result["editor"] != "unedited" and not point["settings"].get("own_edit_only", False)
 
 
 def _percent(cell: Mapping[str, Any]) -> str:
-    low, high = (100 * x for x in cell["ci"])
-    return f"{100 * cell['value']:.1f} ({low:.0f}-{high:.0f})"
+    value, low, high = (100 * from_file(x) for x in (cell["value"], *cell["ci"]))
+    return f"{value:.1f} ({low:.0f}-{high:.0f})"
 
 
 def _latex(title: str, heads: list[str], rows: list[Row]) -> str:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from modules.fluency import FLUENCY
+from modules.metrics import from_file
 from trainers.callbacks.figures import GOLDEN, ZERO, blank, open_axes
 from trainers.report import COLUMNS, Report
 
@@ -38,9 +39,9 @@ def retention(report: Report) -> Figure:
     for axes, (metric, title) in zip(panels, shown, strict=False):
         for name, points in curves.items():
             at = [p["edits"] for p in points if metric in cells[name][str(p["edits"])]]
-            values = [cells[name][str(n)][metric]["value"] for n in at]
+            values = [from_file(cells[name][str(n)][metric]["value"]) for n in at]
             _line(axes, name, look, at, values)
-            early = [(p["edits"], p["first"][metric]) for p in points if metric in p["first"]]
+            early = [(p["edits"], from_file(p["first"][metric])) for p in points if metric in p["first"]]
             axes.plot(*zip(*early, strict=True), "--", color=look[name][0], linewidth=1) if early else None
         axes.set(title=title, ylim=limits(metric))
         over_edits(axes, stops)
@@ -93,8 +94,8 @@ def comparison(
 
 def _growth(norms: Mapping[str, Mapping[str, float]]) -> float:
     """Of all edited matrices together, relative to the unedited ones."""
-    before = sum(n["unedited"] for n in norms.values())
-    return sum(n["edited"] for n in norms.values()) / before - 1 if before else 0.0
+    before, after = (sum(from_file(n[what]) for n in norms.values()) for what in ("unedited", "edited"))
+    return after / before - 1 if before else 0.0
 
 
 def _line(

@@ -107,7 +107,7 @@ def test_results_are_in_the_order_of_the_examples(tiny: Callable[..., Backbone])
 
 
 def test_a_change_is_paired() -> None:
-    def result(values: Sequence[float], ids: str = "abcd") -> dict[str, Any]:
+    def result(values: Sequence[float | None], ids: str = "abcd") -> dict[str, Any]:
         return {"examples": [{"id": i, "values": {"m": v}} for i, v in zip(ids, values, strict=True)]}
 
     same = change(result([1, 0, 1, 0]), result([1, 0, 1, 0]))
@@ -121,6 +121,8 @@ def test_a_change_is_paired() -> None:
         {"examples": [{"id": "a", "values": {"m": 1.0, "n": 1.0}}]}, {"examples": [{"id": "a", "values": {"m": 0.0}}]}
     )
     assert set(partly) == {"m"}
+    broken = change(result([1, None, 1, 0]), result([1, 0, 1, 0]))["m"]  # null in a file: no number, and no mean
+    assert broken["value"] != broken["value"]
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(None, [1, 3]), (1, [1, 1, 1]), (2, [2, 1])])

@@ -103,6 +103,22 @@ def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:
     assert "rome\\_x & \\textbf{90.0 (80-100)}" in latex
 
 
+def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
+    given = results()
+    for one in (given[1], given[2]):  # rome_x, as its cells are read from their files
+        one["points"][0]["metrics"]["reliability/token_accuracy"] |= {"value": None, "ci": [None, None]}
+    write_tables(given, tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "| rome_x | nan (nan-nan) | 40.0 (30-50) |" in text
+    assert "| memit | **80.0 (70-90)** |" in text
+    write_csv(given, tmp_path / "r.csv")
+    assert "rome_x,default,reliability/token_accuracy,nan,nan,nan,4" in (tmp_path / "r.csv").read_text()
+    over = over_number(given)
+    assert over is not None
+    line = next(line for line in over.axes[0].lines if line.get_label() == "rome_x")
+    assert all(value != value for value in line.get_ydata())
+
+
 def test_figures_of_what_there_is(tmp_path: Path) -> None:
     write_figures(results(), tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["facts-cost.png", "facts-edits.png", "facts-trade.png"]
