@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ class Nudge(Editor):
         draw: how.
         fails_after: so many edits of one call; -1: never.
         fails_on_rank: of a job.
-        harm: what it does to the run before: write into a weight, or leave flags and gradients behind.
+        harm: what it does to the run before: write into a weight, kill its process, leave flags and gradients behind.
     """
 
     name = "nudge"
@@ -123,6 +124,8 @@ class Nudge(Editor):
 def harm(backbone: Backbone, how: str) -> None:
     """What a careless editor leaves behind when it fails."""
     model = backbone.model
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if how == "weights":
         with torch.no_grad():
             model.get_output_embeddings().weight += 1  # type: ignore[union-attr]

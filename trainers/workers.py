@@ -1,9 +1,16 @@
 """A backbone and editors on a device: what a command builds once, and each of its worker processes for itself."""
 
+import logging
+import multiprocessing
 import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +20,8 @@ from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.editors import Chosen, Spec, TrainingFree, choose, read
 
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
 
 
@@ -109,14 +118,74 @@ def nth_device(n: int) -> str:
 _mine: dict[str, Any] = {}
 
 
-def prepare(specs: Specs, devices: Any, threads: int) -> None:
-    """Of a new worker process: take a device off the queue, and build everything on it."""
+def prepare(specs: Specs, device: str, threads: int) -> None:
+    """Of a new worker process: build everything on its device."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(threads)
-    backbone, editors = build(specs, devices.get())
+    backbone, editors = build(specs, device)
     _mine.update(backbone=backbone, editors={c.editor.name: c.editor for c in editors})
 
 
 def built() -> tuple[Backbone, dict[str, Editor]]:
     """What `prepare` built in this process."""
     return _mine["backbone"], _mine["editors"]
+
+
+def spread(
+    work: Callable[[Item], Any], items: Sequence[Item], specs: Specs, workers: int
+) -> Iterator[tuple[Item, Any | None]]:
+    """(item, what `work` gave) as they end, by so many processes, each of which builds `specs` on a device of its own.
+
+    A process that is killed, as for want of memory, loses the item that it was at, whose result is None; another one
+    takes its place. One that cannot even build leaves its item to the others.
+
+    Args:
+        work: a module's function, or a partial of one; `built` gives it backbone and editors.
+
+    Raises:
+        ValueError: where no process is left that can build.
+    """
+    context = multiprocessing.get_context("spawn")  # what has used CUDA must not be forked
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    waiting, idle = deque(items), deque(range(workers))
+    pools: dict[int, tuple[ProcessPoolExecutor, Future[None]]] = {}  # of one process each: it breaks for itself alone
+    running: dict[Future[Any], tuple[int, Item]] = {}
+    with ExitStack() as stack:
+
+        def submit(n: int, item: Item) -> Future[Any]:
+            if n not in pools:
+                pool = ProcessPoolExecutor(1, context, prepare, (specs, nth_device(n), threads))
+                pools[n] = stack.enter_context(pool), pool.submit(_nothing)
+            return pools[n][0].submit(work, item)
+
+        while waiting or running:
+            while waiting and idle:
+                n, item = idle.popleft(), waiting.popleft()
+                try:
+                    future = submit(n, item)
+                except BrokenProcessPool:  # killed while it had nothing to do
+                    del pools[n]
+                    future = submit(n, item)
+                running[future] = n, item
+            if not running:
+                raise ValueError(
+                    "no worker process can load the model and build the editors; the reason stands above, or it is "
+                    "that memory runs out: set benchmark.workers to 1"
+                )
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                n, item = running.pop(future)
+                found = None
+                try:
+                    found = future.result()
+                except BrokenProcessPool:
+                    _, start = pools.pop(n)
+                    if start.exception() is not None:
+                        log.warning("worker process %d cannot be built (out of memory?); the others go on", n)
+                        waiting.appendleft(item)
+                        continue
+                idle.append(n)
+                yield item, found
+
+
+def _nothing() -> None:
+    """The first thing that a process does once it is built."""

@@ -9,11 +9,9 @@ out/answers.html                           answers side by side; opens without a
 
 import json
 import logging
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,10 @@ from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
 from trainers.report import command_line, write_json
-from trainers.workers import Specs, built, nth_device, prepare
+from trainers.workers import Specs, built, spread
 
 log = logging.getLogger(__name__)
+KILLED = "its process was killed (out of memory? fewer benchmark.workers leave more to each)"
 
 
 def run_benchmark(
@@ -51,7 +50,8 @@ def run_benchmark(
 ) -> list[dict[str, Any]]:
     """Run what is not finished yet; write tables, figures and answers of everything.
 
-    A cell that fails is named with the reason, the others go on, and the next call tries it again.
+    A cell that fails, or whose process is killed, is named with the reason, the others go on, and the next call tries
+    it again.
 
     Args:
         specs: what worker processes build backbone and editors from.
@@ -154,21 +154,10 @@ def _results(
             )
             shown.update(task, completed=start + _work(cell))
         return
-    context = multiprocessing.get_context("spawn")  # what has used CUDA must not be forked
-    devices = context.Queue()
-    for i in range(workers):
-        devices.put(nth_device(i))
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, prepare, (specs, devices, threads)) as pool:
-        shown.update(task, description=f"{workers} processes")
-        pending: dict[Future[dict[str, Any]], Cell] = {
-            pool.submit(_in_worker, cell, benchmark.answers): cell for cell in left
-        }
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                cell = pending.pop(future)
-                shown.advance(task, _work(cell))
-                yield cell, future.result()
+    shown.update(task, description=f"{workers} processes")
+    for cell, result in spread(partial(_in_worker, answers=benchmark.answers), left, specs, workers):
+        shown.advance(task, _work(cell))
+        yield cell, {"error": KILLED} if result is None else result
 
 
 _originals: list[Answers] = []  # of a worker process: the unedited model is asked each question once

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
+from modules.backbone import BackboneConfig
 from trainers.benchmark import run as benchmark_run
 from trainers.command import run
 from trainers.evaluate import evaluate
+from trainers.workers import Specs, spread
 
 FACTS = {"format": "facts", "options": {"split": "test"}}
 
@@ -144,6 +146,35 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     run(evaluate, [f"--config={file}"])
     assert "7 of 11 cells are finished" in capsys.readouterr().out
     assert "failed" not in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_a_worker_that_is_killed_loses_its_cell_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nudge = {"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}
+    (tmp_path / "nudge.yaml").write_text(yaml.safe_dump(nudge))
+    editors = [
+        {"editor": str(tmp_path / "nudge.yaml"), "name": name, **harm}
+        for name, harm in (("nudge", {}), ("killer", {"harm": "kill"}), ("last", {}))
+    ]
+    grid = {
+        "out": str(tmp_path / "out"),
+        "datasets": {"facts": {"data": [FACTS], "queries_per_kind": 1}},
+        "runs": [{"mode": "batch", "edits": [2, 3]}],
+        "answers": 0,
+        "workers": 2,
+    }
+    run(evaluate, [f"--config={config(tmp_path, benchmark=grid, editor=editors, baselines=['unedited'])}"])
+    found = cells(tmp_path)
+    assert {Path(name).stem for name, cell in found.items() if "error" in cell} == {"killer"}
+    assert {Path(name).stem for name, cell in found.items() if cell.get("points")} == {"unedited", "nudge", "last"}
+    assert len(found) == 8
+    assert capsys.readouterr().out.count("killer: its process was killed (out of memory?") == 2
+    assert "killer failed: its process was killed" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_workers_that_cannot_be_built_are_named(tmp_path: Path) -> None:
+    nowhere = Specs(BackboneConfig("random:llama"), ("no such editor",))
+    with pytest.raises(ValueError, match="no worker process can load the model and build the editors"):
+        list(spread(str, [1, 2, 3], nowhere, 2))
 
 
 @pytest.mark.parametrize(
