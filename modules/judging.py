@@ -55,9 +55,9 @@ class Evaluation:
         aggregates: metric -> {value, ci, records}, see `modules.metrics.summarise`.
         edit_seconds: spent on making the edits, over all pools.
         answer_seconds: spent on the edited model's answers, over all pools.
-        settings: the protocol, how it was measured, and how many records and queries were left out. Where it was
-            counted, `queries` is how many different prompts were asked, and `context_tokens` the mean number of tokens
-            that the method put before one.
+        settings: the protocol, how it was measured, how many records and queries were left out, and how many records'
+            edits conflict with another's (`conflicting_edits`). Where it was counted, `queries` is how many different
+            prompts were asked, and `context_tokens` the mean number of tokens that the method put before one.
     """
 
     editor: str
@@ -190,6 +190,7 @@ def evaluate_pools(
         "own_edit_only": editor.own_edit_only,
         "pools": len(pools),
         "records_dropped": dropped,
+        "conflicting_edits": sum(map(conflicting_edits, pools)),
     }
     if asked:
         settings["asked_of_each_pool"] = asked
@@ -225,6 +226,22 @@ def settings_of(judge: Judge, cases: Sequence[Case], results: Sequence[Mapping[s
         }
         | judge.counts(results)
     )
+
+
+def conflicting_edits(records: Sequence[EditRecord]) -> int:
+    """How many of the records edit a prompt that another one edits to something else; at most one of these can hold.
+
+    All of them are edited and asked all the same, as in the publications.
+    """
+    targets: dict[str, set[str]] = {}
+    for prompt, target in (edit for record in records for edit in _edits(record)):
+        targets.setdefault(prompt, set()).add(target)
+    return sum(any(len(targets[prompt]) > 1 for prompt, _ in _edits(record)) for record in records)
+
+
+def _edits(record: EditRecord) -> list[tuple[str, str]]:
+    """Prompts and targets; what is edited by free text has none."""
+    return [(request.prompt.strip(), request.target.strip()) for request in record.requests if request.target]
 
 
 def refuse_unasked(cases: Sequence[Case]) -> None:

@@ -17,7 +17,7 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, TokenAccuracy
 from modules.interventions import LowRank, linear
-from modules.judging import Evaluation, Judge, Make, now, refuse_unasked, settings_of
+from modules.judging import Evaluation, Judge, Make, conflicting_edits, now, refuse_unasked, settings_of
 
 
 class Norms(NamedTuple):
@@ -106,6 +106,7 @@ def consecutive(
             results = judge.results(judge.ask(edited, asked), _not_anew(editor)) if asked else []
             answer_seconds += now(backbone) - ready
             settings = settings_of(judge, cases[:done], results, seed) | {"batch": batch}
+            settings["conflicting_edits"] = conflicting_edits(records[:done])
             if prompts := judge.prompts(asked):
                 queries += len(prompts)
                 tokens = sum(edited.context_tokens(prompts)) / len(prompts)

@@ -269,21 +269,29 @@ def markdown_table(report: Report) -> str:
 
 
 def contradictions(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """How many cases contradict one another, and what is not asked of them, a line for each number of edits.
+    """How many cases contradict one another, and what is not asked of them, a line for each number of edits; likewise
+    how many edits conflict.
 
     Args:
         runs: settings by editor and then by the number of records edited together, as a report's.
     """
     found: dict[int, tuple[int, int, bool]] = {}
+    conflicts: dict[int, tuple[int, int]] = {}
     for sizes in runs.values():
         for size, run in sizes.items():
             if against := run.get("records_contradicted"):
                 whole = run.get("protocol") == "mquake" and not run.get("conflicts")
                 found[int(size)] = against, run["records"] + (against if whole else 0), whole
+            if count := run.get("conflicting_edits"):
+                conflicts[int(size)] = count, max(run["edited"], conflicts.get(int(size), (0, 0))[1])
     return [
         f"{against} of {count} cases, {size} edited together, rest on a fact that another one's edit changes: "
         + ("they are not asked." if whole else "their multi-hop questions are not asked.")
         for size, (against, count, whole) in sorted(found.items())
+    ] + [
+        f"{count} of {edited} records, {size} edited together, edit a prompt that another one edits to something else: "
+        "at most one of these edits can hold."
+        for size, (count, edited) in sorted(conflicts.items())
     ]
 
 

@@ -22,7 +22,7 @@ from modules.evaluation import (
     split_pools,
     without_collisions,
 )
-from modules.judging import evaluate_pools
+from modules.judging import conflicting_edits, evaluate_pools
 from modules.training_free.icl import InContext, RightEdit, Unedited
 
 BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
@@ -327,6 +327,21 @@ def test_pools() -> None:
     for bad in ([], 1), (records, 0):
         with pytest.raises(ValueError, match="pool size"):
             split_pools(*bad)
+
+
+def test_conflicting_edits_of_a_pool_are_counted_and_made_all_the_same() -> None:
+    cities = [city(name) for name in ("Lyon", "Oslo", "Lyon", "Nice", "Lyon")]
+    other = replace(cities[2], id="other", requests=(replace(cities[2].request, target="Chad "),))
+    records = [cities[0], cities[1], other, cities[3]]
+    told = EditRecord("text", (EditRequest(text="Lyon is in Peru."),))  # of free text nothing is told
+    assert conflicting_edits([*records, told, told]) == 2
+    assert conflicting_edits([cities[0], cities[2], cities[4]]) == 0  # one prompt, one target
+    editor = Taught()
+    together = evaluate(editor, BACKBONE, records, 4, originals=Answers(Scripted({})))
+    assert (together.settings["conflicting_edits"], together.settings["records"]) == (2, 4)
+    assert [len(pool) for pool in editor.pools] == [4]
+    apart = evaluate(Taught(), BACKBONE, records, 2, originals=Answers(Scripted({})))
+    assert apart.settings["conflicting_edits"] == 0
 
 
 def test_only_the_first_of_a_pool_are_asked_and_all_are_edited() -> None:

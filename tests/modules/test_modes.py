@@ -135,6 +135,12 @@ def test_every_checkpoint_asks_the_same_of_a_record() -> None:
     assert found[-1].evaluation.settings["queries_left_out"] == 1
 
 
+def test_conflicting_edits_are_counted_among_those_so_far() -> None:
+    records = [EditRecord(c, (EditRequest("Lyon is in", land, "Lyon"),)) for c, land in zip("abc", "PPQ", strict=True)]
+    found = consecutive(Forgetful(), BACKBONE, records, checkpoints=[2], judge=TokenAccuracy(Answers(Scripted({}))))
+    assert [c.evaluation.settings["conflicting_edits"] for c in found] == [0, 3]
+
+
 def test_stops() -> None:
     assert stops_of(250, 1) == [1, 10, 100, 250]
     assert stops_of(250, 10) == [10, 100, 250]

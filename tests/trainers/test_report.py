@@ -132,6 +132,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "queries",
         "queries_left_out",
         "records_contradicted",
+        "conflicting_edits",
         "bootstrap_seed",
     }
     run_facts = report["runs"]["icl"]["4"]
@@ -308,6 +309,20 @@ def test_contradictions_are_told_once_for_a_number_of_edits() -> None:
     screen = StringIO()
     print_table(report, Console(file=screen, width=200))
     assert f"3 of 10 {rest}" in screen.getvalue()
+
+
+def test_conflicting_edits_are_told_once_for_a_number_of_edits() -> None:
+    runs = {
+        "right": {"10": {"conflicting_edits": 2, "records": 5, "edited": 5}},  # an upper bound edits what it asks
+        "memit": {"1": {"conflicting_edits": 0}, "10": {"conflicting_edits": 2, "records": 5, "edited": 20}},
+        "old": {"10": {"records": 5}},
+    }
+    line = (
+        "2 of 20 records, 10 edited together, edit a prompt that another one edits to something else: at most one of "
+        "these edits can hold."
+    )
+    assert contradictions(runs) == [line]
+    assert line in markdown_table({"meta": {}, "aggregate": {}, "runs": runs, "records": {}})
 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
