@@ -13,7 +13,7 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, fewer_queries
 from modules.judging import evaluate_pools, split_pools
-from modules.protocols.conditions import without_failed_conditions
+from modules.protocols.conditions import have_conditions, without_failed_conditions
 from trainers.protocols import Judging
 from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
 
@@ -128,8 +128,7 @@ def drawn(
 
 def meeting_conditions(backbone: Backbone, records: list[EditRecord], batch_size: int = 32) -> list[EditRecord]:
     """Without the questions whose conditions the unedited model does not meet (RippleEdits); most records have none."""
-    kinds = (kind for record in records for kind in (record.locality, record.portability))
-    if not any(query.conditions for of in kinds for queries in of.values() for query in queries):
+    if not have_conditions(records):
         return records
     kept, lost = without_failed_conditions(Edited(backbone), records, batch_size)
     log.warning("%d questions are left out: the unedited model does not know what they rest on", sum(lost))

@@ -3,12 +3,17 @@
 Source: Cohen et al. 2023, arXiv 2307.12976, section 4.2, and its released test runner.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from datamodules.records import EditRecord, Query
 from modules.editor import Edited
 from modules.protocols.text import generated, mentions
+
+
+def have_conditions(records: Iterable[EditRecord]) -> bool:
+    """Whether any question of the records has a condition; those of most sources have none."""
+    return any(query.conditions for record in records for query in _questions(record))
 
 
 def without_failed_conditions(
@@ -26,10 +31,7 @@ def without_failed_conditions(
     Returns:
         The records without those questions, and how many each of them lost.
     """
-    asked = [
-        q for record in records for kinds in (record.locality, record.portability) for qs in kinds.values() for q in qs
-    ]
-    conditions = [condition for query in asked for condition in query.conditions]
+    conditions = [condition for record in records for query in _questions(record) for condition in query.conditions]
     texts = generated(model, [condition.prompt for condition in conditions], max_new_tokens, batch_size)
 
     def met(kinds: Mapping[str, Sequence[Query]]) -> dict[str, tuple[Query, ...]]:
@@ -40,8 +42,8 @@ def without_failed_conditions(
         return {kind: queries for kind, queries in found.items() if queries}
 
     kept = [replace(r, locality=met(r.locality), portability=met(r.portability)) for r in records]
-    return kept, [_count(before) - _count(after) for before, after in zip(records, kept, strict=True)]
+    return kept, [len(_questions(before)) - len(_questions(after)) for before, after in zip(records, kept, strict=True)]
 
 
-def _count(record: EditRecord) -> int:
-    return sum(map(len, (*record.locality.values(), *record.portability.values())))
+def _questions(record: EditRecord) -> list[Query]:
+    return [q for kinds in (record.locality, record.portability) for queries in kinds.values() for q in queries]

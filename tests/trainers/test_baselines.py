@@ -3,6 +3,8 @@
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,8 @@ from ranks import ONE, TWO, perform, together, zero
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from datamodules.readers import read
+from datamodules.records import EditRecord, Query
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.evaluation import Answers, evaluate
@@ -58,6 +62,10 @@ def run(folder: Path, callbacks: Sequence[Any], config: str = "mend_tiny", steps
 
 def callback(tmp_path: Path, *editors: Any, **options: Any) -> Baselines:
     return Baselines(list(editors), cache_dir=str(tmp_path / "cache"), **options)
+
+
+def val_records() -> list[EditRecord]:
+    return list(islice(read("facts", split="val"), 10))
 
 
 def scalars(found: Any, tag: str) -> list[float]:
@@ -186,6 +194,24 @@ def test_other_pools_than_the_validations_take_the_trained_editor_along(tmp_path
     lines = {line.get_label(): list(line.get_ydata()) for line in reliability.get_lines()}
     assert lines["mend"] == pytest.approx(scalars(found, f"val/mend/{METRIC}"))
     assert lines["nudge"] == pytest.approx(scalars(found, f"val/nudge/{METRIC}")[-1:] * 2)
+
+
+def test_questions_that_the_unedited_model_cannot_know_are_left_out_of_all(tmp_path: Path, nudge: str) -> None:
+    hard = Query("It rests on", ("this",), conditions=(Query("Nobody knows", ("whether xyzzy is so",)),))
+    records = [
+        replace(r, portability={"hard": (hard,), "easy": (Query(f"{r.id} is", ("so",)),)}) for r in val_records()
+    ]
+    file = tmp_path / "val.jsonl"
+    file.write_text("\n".join(record.to_json() for record in records))
+    source = json.dumps([{"format": "records", "path": str(file), "options": {}, "limit": None}])
+    found = run(tmp_path / "run", [callback(tmp_path, nudge)], "mend_tiny", 2, f"--data.init_args.val={source}")
+    tags = set(found.events.Tags()["scalars"])
+    measure = "portability/{}/token_accuracy"
+    assert f"val/{measure.format('hard')}" in tags  # validation asks it
+    for name in ("nudge", "mend"):
+        assert f"val/{name}/{measure.format('easy')}" in tags
+        assert f"val/{name}/{measure.format('hard')}" not in tags
+        assert len(scalars(found, f"val/{name}/{METRIC}")) == 2
 
 
 def test_an_editor_that_changes_weights_for_good_ends_the_run(tmp_path: Path, nudge: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -408,6 +409,24 @@ def test_final_evaluation_is_that_of_the_trained_editor(train, tmp_path, cache, 
     (info,) = (m for t, m in found.events.summary_metadata.items() if t.endswith("session_start_info"))
     assert b"incomes" in info.plugin_data.content  # the hyperparameters that TensorBoard shows beside the metrics
     assert "Reliability" in capsys.readouterr().out
+
+
+def test_final_evaluation_leaves_out_what_the_unedited_model_cannot_know(tmp_path, cache, monkeypatch, caplog):
+    hard = Query("It rests on", ("this",), conditions=(Query("Nobody knows", ("whether xyzzy is so",)),))
+    plain = EditDataModule.test_records
+
+    def conditional(self: Any) -> list[EditRecord]:
+        return [replace(r, portability={**r.portability, "hard": (hard,)}) for r in plain(self)]
+
+    monkeypatch.setattr(EditDataModule, "test_records", conditional)
+    callback = FinalEvaluation([2], records=2, exact_match=False, baselines=False)
+    fit(tmp_path, cache, [callback], val_check_interval=4)
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("incomes (untrained)", "incomes"):
+        assert len(report["records"][name]["2"]) == 2
+        assert not any("hard_acc" in r["post"]["portability"] for r in report["records"][name]["2"])
+        assert any(r["post"]["portability"] for r in report["records"][name]["2"])
+    assert caplog.text.count("2 questions are left out: the unedited model does not know what they rest on") == 1
 
 
 class Disturb(L.Callback):

@@ -17,10 +17,12 @@ from modules.editor import Edited, Editor
 from modules.evaluation import Answers, evaluate, split_pools
 from modules.fingerprint import weights_hash, weights_sum
 from modules.metrics import summarise
+from modules.protocols.conditions import have_conditions
 from modules.training_free.known import known_as
 from trainers.callbacks.common import as_loaded, by_hand, gather, seed_all, trained_editor, untouched, writers
 from trainers.callbacks.curves import comparison
 from trainers.editors import TrainingFree, training_free
+from trainers.evaluation_run import meeting_conditions
 from trainers.result_cache import ResultCache, code
 
 Pools = list[list[list[EditRecord]]]  # of each validation pool of this rank, the pools that it is split into
@@ -34,6 +36,9 @@ class Baselines(L.Callback):
     Each rank takes its own validation pools; what is logged is the mean over all records. Editors run as by hand, in
     the precision of the model's weights. Their results on the same weights and records are the same at each validation
     and in each run, so they are kept, in memory and on disk (`trainers.result_cache`).
+
+    Questions whose conditions the unedited model does not meet are left out (RippleEdits). Validation itself asks them,
+    so the trained editor is then evaluated likewise, as val/<its name>/<metric>.
 
     An editor that fails is named with the reason, once in a run, and the run goes on. One that leaves the model's
     weights changed ends it: what is trained from there on would be another model.
@@ -80,6 +85,8 @@ class Baselines(L.Callback):
         self.disk = ResultCache(cache_dir) if cache else None
         self.seed = seed
         self._validations = 0
+        self._likewise = bool(pool_size or records)  # whether the trained editor is evaluated here too
+        self._kept: tuple[Pools, Pools] | None = None  # the pools, and what is asked of them where there are conditions
         self._together = 0  # edits of one pool
         self._memory: dict[str, Result] = {}  # by the key's text
         self._weights: tuple[int, str] | None = None  # the sum of the weights, and the hash that goes with it
@@ -99,11 +106,12 @@ class Baselines(L.Callback):
         pools = self._pools(trainer)
         self._others = {}
         with by_hand(pl_module) as backbone:
+            pools = self._meeting_conditions(trainer, backbone, pools)
             for editor, result in zip(self.editors, self._results(trainer, backbone, pools), strict=True):
                 if "error" not in result:
                     self._others[editor.name] = result["values"]
                     self._log(trainer, pl_module, editor.name, result)
-        if self.pool_size or self.records:
+        if self._likewise:
             self._trained = self._evaluate_trained(trainer, pl_module, pools)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,7 +119,7 @@ class Baselines(L.Callback):
         if trainer.sanity_checking:
             return
         own = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if not (self.pool_size or self.records):
+        if not self._likewise:
             self._curve.append((trainer.global_step, own))
         elif self._trained is not None:
             self._curve.append((trainer.global_step, self._trained))
@@ -130,6 +138,16 @@ class Baselines(L.Callback):
         parts = [split_pools(pool, self.pool_size or len(pool))[0] for pool in found]
         self._together = max(len(part) for pool in parts for part in pool)
         return [[list(part) for part in pool] for pool in parts]
+
+    def _meeting_conditions(self, trainer: L.Trainer, backbone: Backbone, pools: Pools) -> Pools:
+        records = [record for pool in pools for part in pool for record in part]
+        if not any(gather(trainer, have_conditions(records))):
+            return pools
+        self._likewise = True
+        if self._kept is None or self._kept[0] != pools:  # the run's unedited model stays what it is
+            kept = iter(meeting_conditions(backbone, records, self.options["batch_size"]))
+            self._kept = pools, [[[next(kept) for _ in part] for part in pool] for pool in pools]
+        return self._kept[1]
 
     def _results(self, trainer: L.Trainer, backbone: Backbone, pools: Pools) -> list[Result]:
         """One result of each editor, the same on every rank."""

@@ -17,7 +17,7 @@ from modules.editor import Edited, Editor
 from modules.evaluation import Answers, evaluate
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.callbacks.common import trained_editor, untouched
-from trainers.evaluation_run import drawn
+from trainers.evaluation_run import drawn, meeting_conditions
 from trainers.report import COLUMNS, Report, add_evaluation, add_failure, new_report, print_table, write_json
 
 BASELINES: tuple[type[Editor], ...] = (Unedited, InContext, RightEdit)
@@ -31,7 +31,8 @@ class FinalEvaluation(L.Callback):
     and as metrics of the hyperparameters to TensorBoard (final/<metric>_at_<edits>). A resumed run keeps the rows that
     the file holds. A row that fails, as in-context learning beyond the context window does, is marked with the reason.
 
-    The models run in the precision of the training (autocast under bf16-mixed), as in validation.
+    The models run in the precision of the training (autocast under bf16-mixed), as in validation. Questions whose
+    conditions the unedited model does not meet are left out (RippleEdits).
 
     All ranks do the same work, since sharded weights (ZeRO-3) want every rank in every forward pass; rank 0 writes.
 
@@ -99,8 +100,10 @@ class FinalEvaluation(L.Callback):
         module = trained_editor(pl_module)
         with untouched(pl_module), trainer.precision_plugin.forward_context():
             with module.original() as backbone:
+                if self._originals is None:
+                    self._records = meeting_conditions(backbone, self._records, self.batch_size)
+                    self._originals = Answers(Edited(backbone))
                 # asked here in whole, the original is not needed while an edit is in place
-                self._originals = self._originals or Answers(Edited(backbone))
                 self._originals.ask(self._records, self.exact_match, self.batch_size)
                 self._report = self._report or new_report(
                     backbone,
