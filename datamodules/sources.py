@@ -2,7 +2,9 @@
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -12,16 +14,17 @@ from typing import Any, Literal
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
 from datamodules.readers import FORMATS, read
-from datamodules.readers.base import DataError
+from datamodules.readers.base import DataError, SkippedRecords
 from datamodules.readers.hub import is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash
 
 DATA_FOLDER = "PALIMPSEST_DATA"
+_TOLD = "told: "  # begins a last row that is no record but what the reader skipped, said anew at each load
 _FEATURES = datasets.Features({"record": datasets.Value("string")})
 _SPREAD_ABOVE = 100_000  # records; below, starting processes takes longer than the work
 
@@ -220,6 +223,9 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
             raise
         skipped = f", skip: {source.skip}" if source.skip else ""
         raise ValueError(f"{source.name}: no records; check its options: {source.options}{skipped}") from None
+    if options.get("on_error") == "skip" and (last := table[-1]["record"]).startswith(_TOLD):
+        rank_zero_warn(last.removeprefix(_TOLD))
+        table = table.select(range(len(table) - 1))
     if source.sample is not None and source.sample < len(table):
         draw = random.Random(stable_hash("sample", source.seed))
         table = table.select(sorted(draw.sample(range(len(table)), source.sample)))
@@ -238,8 +244,38 @@ def _state(path: Path) -> list[tuple[str, int, int]]:
 def _rows(
     format: str, path: str | None, options: dict[str, Any], skip: int, limit: int | None, version: object
 ) -> Iterator[dict[str, str]]:
-    for record in islice(read(format, path, **options), skip, None if limit is None else skip + limit):
+    reader = read(format, path, **options)
+    records = islice(reader, skip, None if limit is None else skip + limit)
+    if options.get("on_error") != "skip":
+        yield from ({"record": record.to_json()} for record in records)
+        return
+    told: list[str] = []
+    count = 0
+    while True:
+        with _heard(told):
+            record = next(records, None)
+        if record is None:
+            break
+        count += 1
         yield {"record": record.to_json()}
+    with _heard(told):  # a limit ends before the reader does, which tells when it is closed
+        if hasattr(reader, "close"):
+            reader.close()  # type: ignore[attr-defined]
+    if told and count:
+        yield {"record": _TOLD + "; ".join(told)}
+
+
+@contextmanager
+def _heard(told: list[str]) -> Iterator[None]:
+    """Keep what a reader says of records that it skipped."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, SkippedRecords):
+            told.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @cache

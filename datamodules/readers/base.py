@@ -29,6 +29,10 @@ class MalformedRecord(DataError):
     """A record that does not have its format's shape; the message names file, record, field and remedy."""
 
 
+class SkippedRecords(UserWarning):
+    """How many malformed records were passed over, and why the first one."""
+
+
 def load_rows(path: str | Path) -> Iterator[Any]:
     """The rows of a JSON array or of JSON Lines, in the file's order; gzipped if the name ends in `.gz`.
 
@@ -133,8 +137,8 @@ def read_all(
     Args:
         path: names the source in messages.
         convert: raises KeyError (a missing field), TypeError or ValueError on a row that is not of the format.
-        on_error: "raise" stops at the first malformed record; "skip" passes over it, and warns once, at the end, with
-            the number of skipped records and the first reason.
+        on_error: "raise" stops at the first malformed record; "skip" passes over it, and warns once (`SkippedRecords`),
+            at the end or where the iterator is closed, with the number of skipped records and the first reason.
 
     Raises:
         MalformedRecord: at a malformed record, under "raise".
@@ -147,23 +151,27 @@ def read_all(
 
 def _converted(rows: Iterable[Any], path: str | Path, convert: Convert, on_error: OnError) -> Iterator[EditRecord]:
     total, skipped, first = 0, 0, ""
-    for total, row in enumerate(rows, 1):
-        try:
-            record = convert(_object(row), total - 1)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"record {total - 1}{_published_id(row)}: {_reason(error)}"
-            if on_error == "raise":
-                remedy = "correct or remove it, or pass over such records with on_error='skip'"
-                raise MalformedRecord(f"{path}, {problem}; {remedy}") from error
-            first = first or problem
-            skipped += 1
-        else:
-            yield record
+    try:
+        for total, row in enumerate(rows, 1):
+            try:
+                record = convert(_object(row), total - 1)
+            except (KeyError, TypeError, ValueError) as error:
+                problem = f"record {total - 1}{_published_id(row)}: {_reason(error)}"
+                if on_error == "raise":
+                    remedy = "correct or remove it, or pass over such records with on_error='skip'"
+                    raise MalformedRecord(f"{path}, {problem}; {remedy}") from error
+                first = first or problem
+                skipped += 1
+            else:
+                yield record
+    finally:  # also where no more are wanted
+        if 0 < skipped < total:
+            warnings.warn(
+                f"skipped {skipped} of {total} records of {path}: first: {first}", SkippedRecords, stacklevel=2
+            )
     if skipped == total:
         reason = f"none of its {total} records can be read, first: {first}" if total else "it holds no records"
         raise ValueError(f"nothing to read in {path}: {reason}; check that the path and the format belong together")
-    if skipped:
-        warnings.warn(f"skipped {skipped} of {total} records of {path}: first: {first}", stacklevel=2)
 
 
 def _object(row: Any) -> Mapping[str, Any]:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -169,6 +171,29 @@ def test_a_malformed_record_is_the_readers_error_or_skipped(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="skipped 1 of 3"):
         data = load([Source("records", str(path), on_error="skip")], str(tmp_path / "cache"))
     assert ids(data) == ["r0", "r2"]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, ["r0", "r2", "r4"]), (2, ["r0", "r2"]), (1, ["r0"])])
+def test_what_was_skipped_is_told_at_each_load(tmp_path: Path, limit: int | None, kept: list[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [json.loads(record(i).to_json()) for i in range(5)]
+    rows[1]["requests"] = rows[3]["requests"] = []
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = Source("records", str(path), on_error="skip", limit=limit)
+    wanted = {None: ["skipped 2 of 5"], 2: ["skipped 1 of 3"], 1: []}[limit]  # of those that were read
+    for _ in range(2):  # the second time from the cache
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data = load([source], str(tmp_path / "cache"))
+        said = [str(w.message) for w in caught if "skipped" in str(w.message)]
+        assert [text[:14] for text in said] == wanted
+        assert all("a.jsonl: first: record 1 (id r1): " in text for text in said)
+        assert ids(data) == kept
+        assert data.lengths == [len(kept)]
+    same = replace(source, on_error="raise", options={"on_error": "skip"})
+    assert ids(load([same], str(tmp_path / "cache"))) == kept
+    with pytest.raises(ValueError, match="no records; check its options"):
+        load([replace(source, skip=9)], str(tmp_path / "cache"))
 
 
 def test_wrong_sources_are_named(tmp_path: Path) -> None:
