@@ -33,6 +33,7 @@ from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
 from trainers.report import command_line, write_json
+from trainers.result_cache import code
 from trainers.workers import Specs, built, spread
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ def run_benchmark(
 ) -> list[dict[str, Any]]:
     """Run what is not finished yet; write tables, figures and answers of everything.
 
-    A cell that fails, or whose process is killed, is named with the reason, the others go on, and the next call tries
-    it again.
+    A finished cell is kept whatever code computed it, and says by which (`trainers.result_cache.code`). A cell that
+    fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again.
 
     Args:
         specs: what worker processes build backbone and editors from.
@@ -65,17 +66,24 @@ def run_benchmark(
         ValueError: where a data set has fewer records than a run needs.
     """
     console = console or Console()
-    out = Path(benchmark.out)
+    out, now = Path(benchmark.out), code()
     cells = list(plan(benchmark, backbone, editors, seed, batch_size))
     done = {cell: found for cell in cells if (found := _finished(cell, out)) is not None}
     left = [cell for cell in cells if cell not in done]
     if done:
         console.print(f"{len(done)} of {len(cells)} cells are finished in {out}", highlight=False)
+        if others := sum(found.get("code") != now for found in done.values()):
+            console.print(
+                f"{others} of them were computed by other code than today's and are kept; to compute one anew, remove "
+                f"its file in {out / 'cells'}",
+                style="yellow",
+                highlight=False,
+            )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=sum(map(_work, left)))
         for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, shown, task), 1):
-            write_json(cell.file(out), {"key": cell.key(), **_about(cell, backbone), **result})
+            write_json(cell.file(out), {"key": cell.key(), "code": now, **_about(cell, backbone), **result})
             done[cell] = _finished(cell, out) or result
             error = f": {result['error']}" if "error" in result else ""
             console.print(f"[{n}/{len(left)}] {cell.name}{error}", style="red" if error else "", highlight=False)

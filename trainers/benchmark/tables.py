@@ -124,6 +124,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
+        notes += _codes([r for r, _ in members])
         notes += [
             f"{r['editor']} failed: {r['error']}"
             for r in failed
@@ -132,6 +133,15 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         ]
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
         yield f"{dataset}, {how}, {of}", heads, rows, notes
+
+
+def _codes(members: Sequence[Result]) -> list[str]:
+    """A line where a table's cells were not all computed by the same code; older ones do not say by which."""
+    by: dict[str, list[str]] = {}
+    for result in members:
+        by.setdefault(result.get("code", "")[:8] or "not told", []).append(result["editor"])
+    told = "; ".join(f"{', '.join(editors)} ({code})" for code, editors in by.items())
+    return [f"Computed by different code, which may differ in what it measures: {told}."] if len(by) > 1 else []
 
 
 def _shown(point: Mapping[str, Any], metric: str) -> float:

@@ -11,6 +11,7 @@ from modules.backbone import BackboneConfig
 from trainers.benchmark import run as benchmark_run
 from trainers.command import run
 from trainers.evaluate import evaluate
+from trainers.result_cache import code
 from trainers.workers import Specs, spread
 
 FACTS = {"format": "facts", "options": {"split": "test"}}
@@ -91,7 +92,22 @@ def test_a_grid_is_run_once(
 
     monkeypatch.setattr(benchmark_run, "run_cell", fail)
     run(evaluate, [f"--config={file}"])
-    assert "11 of 11 cells are finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "11 of 11 cells are finished" in said
+    assert "other code" not in said + (tmp_path / "out" / "tables.md").read_text()
+    assert all(cell["code"] == code() for cell in found.values())
+
+    for editor, told in (("ft_m", {"code": "0123456789"}), ("unedited", {})):  # by other code, and from before
+        path = tmp_path / "out" / "cells" / "facts" / "batch-4" / f"{editor}.json"
+        cell = json.loads(path.read_text())
+        del cell["code"]
+        path.write_text(json.dumps(cell | told))
+    run(evaluate, [f"--config={file}"])  # nothing is computed anew
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of them were computed by other code than today's and are kept" in said
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert table.count("Computed by different code") == 1
+    assert f"unedited (not told); icl_right_edit ({code()[:8]}); ft_m (01234567)." in table
 
 
 def test_a_data_set_is_judged_by_its_own_protocol_in_every_mode(tmp_path: Path) -> None:
