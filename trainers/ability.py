@@ -11,11 +11,13 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from datamodules.sources import Source, load
 from modules.ability import DEFAULT, TASKS
+from modules.ability.states import check_counts
 from modules.ability.task import Task
 from modules.backbone import BackboneConfig
-from trainers.ability_run import run_ability
+from trainers.ability_run import check_tasks, run_ability
 from trainers.command import run
 from trainers.editors import Spec
+from trainers.report import check_file
 from trainers.workers import Specs, build, wanted_of
 
 
@@ -60,7 +62,11 @@ def ability(
         raise ValueError(
             f"--edits {counts} and {len(editor or [])} editors do not go together; give --editor, or edits 0"
         )
+    if batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     chosen_tasks = [task(spec, released) for spec in tasks or DEFAULT]
+    check_tasks(chosen_tasks)
+    check_file(Path(out), "--out")
     specs = Specs(backbone, tuple(editor or ()), device=device)
     wanted_of(specs)
     every = load(data)
@@ -68,6 +74,7 @@ def ability(
         raise ValueError(
             f"--edits {counts[-1]}: there are only {len(every)} records in {', '.join(s.name for s in data)}"
         )
+    check_counts(counts[-1], [count for count in counts if count], batch)
     # a shuffle, not a sample: the first hundred are the same however many more are edited
     order = random.Random(seed).sample(range(len(every)), len(every))
     records = every.records(order[: counts[-1]]) if counts[-1] else []

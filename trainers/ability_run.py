@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from datamodules.records import EditRecord
+from modules.ability.files import located
 from modules.ability.measure import measure
 from modules.ability.states import check, edited_models
 from modules.ability.task import Task, drawn
@@ -55,6 +56,7 @@ def run_ability(
         ValueError: for two tasks or editors of one name, no task whose file is there, or an editor called unedited; and
             see `modules.ability.states.check` and `modules.ability.task.Task.check`.
     """
+    check_tasks(tasks)
     edits = [count for count in counts if count]
     for chosen in editors:
         check(chosen.editor, len(records), edits, batch)
@@ -136,13 +138,33 @@ class _Asking:
             self.cells.put(state, one.task.name, {"error": f"{type(error).__name__}: {error}"})
 
 
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Refuse tasks that cannot be asked, before a model is there.
+
+    Raises:
+        ValueError: for two of one name, and where the file of none is there.
+    """
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks need different names, since results are filed by name; got {', '.join(names)}")
+    missing = []
+    for path in (getattr(task, "path", None) for task in tasks):  # lm-eval's have none
+        try:
+            located(path or ".")
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    _refuse_without(len(tasks) - len(missing), missing)
+
+
+def _refuse_without(tasks: int, missing: Sequence[str]) -> None:
+    if not tasks:
+        raise ValueError(f"none of the tasks has its file: {'; '.join(missing) or 'no task was named'}")
+
+
 def _asked(
     tasks: Sequence[Task], backbone: Backbone, examples: int | None, seed: int, console: Console
 ) -> tuple[list[Asked], dict[str, str]]:
     """The tasks whose files are there, and why the others are left out."""
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ValueError(f"tasks need different names, since results are filed by name; got {', '.join(names)}")
     asked, missing = [], {}
     for task in tasks:
         try:
@@ -150,8 +172,7 @@ def _asked(
         except FileNotFoundError as error:
             missing[task.name] = str(error)
             console.print(f"left out: {task.name}, {error}", highlight=False, soft_wrap=True)
-    if not asked:
-        raise ValueError(f"none of the tasks has its file: {'; '.join(missing.values()) or 'no task was named'}")
+    _refuse_without(len(asked), list(missing.values()))
     return asked, missing
 
 

@@ -27,7 +27,7 @@ from trainers.callbacks.figures import layer_profile, token_trace
 from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
 from trainers.evaluation_run import bar
-from trainers.report import command_line, write_json
+from trainers.report import check_folder, command_line, write_json
 from trainers.workers import device_named
 
 
@@ -59,6 +59,7 @@ def analyse(
     """
     refuse_others(editor)
     place = device_named(device)
+    check_folder(Path(out), "--out")
     sizes = sorted(set(pool_sizes or (10, 20, 50, 100)))
     base = reference if reference is not None else trained_on(editor)
     if min(*sizes, base, queries) < 1:

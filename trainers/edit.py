@@ -15,6 +15,7 @@ from modules.editor import Edited
 from modules.training_free.icl import Unedited
 from trainers.command import run
 from trainers.editors import Spec, read
+from trainers.report import check_folder
 from trainers.workers import Specs, build
 
 
@@ -47,6 +48,7 @@ def edit(
         backbone: what a training-free editor edits; an exported one brings its own.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
+    _check_folders(pool=pool, save=save, merge=merge)
     requests = read_requests(edits) if edits else []
     gone = read_requests(remove) if remove else []
     if not requests and not pool:
@@ -75,6 +77,19 @@ def edit(
             _show(model, edited, text, max_new_tokens, compare)
 
 
+def _check_folders(pool: str | None, save: str | None, merge: str | None) -> None:
+    """Refuse folders before anything is loaded: edits that were made must find where to go."""
+    if pool and not Path(pool).is_dir():
+        raise ValueError(f"--pool: there is no folder {pool}; give one that --save has written")
+    for flag, given in (("--save", save), ("--merge", merge)):
+        if given:
+            check_folder(Path(given), flag)
+    if merge and Path(merge).exists() and any(Path(merge).iterdir()):
+        raise FileExistsError(f"--merge: {merge} is not empty; choose another folder, or remove it")
+    if merge and save and Path(merge).resolve() == Path(save).resolve():
+        raise ValueError(f"--save and --merge are both {merge}: a pool and a plain model need a folder each")
+
+
 def _refuse(edited: Edited, name: str, **wanted: str | None) -> None:
     """Say what a method cannot do before anything is edited."""
     able = {
@@ -101,8 +116,6 @@ def _from_pool(editor: Any, empty: Any, folder: Path) -> Edited:
 
 
 def _merge(edited: Any, folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"--merge: {folder} is not empty; choose another folder, or remove it")
     with redirect_stdout(sys.stderr):  # saving imports libraries that say so; only answers go to standard output
         edited.merge().save_pretrained(folder)
         edited.backbone.tokenizer.save_pretrained(folder)

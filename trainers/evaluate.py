@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig
+from modules.modes import stops_of
 from trainers.benchmark.grid import Benchmark
-from trainers.benchmark.run import run_benchmark
+from trainers.benchmark.run import records_of, run_benchmark
 from trainers.command import run
 from trainers.editors import Spec
 from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
 from trainers.protocols import Demonstrations, Judging, Protocol
-from trainers.report import check_file
+from trainers.report import check_file, check_folder
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
 
@@ -86,24 +87,35 @@ def evaluate(
         raise ValueError(f"--asked must be at least 1, and is of --mode batch; got {asked}, and the mode is {mode}")
     if checkpoints and not consecutively:
         raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
+    sizes = [1] if mode == "single" else pool_sizes or [1, 10, 100] if batch is None else [batch]
+    numbers = {"records": records, "singles": singles, "batch_size": batch_size}
+    numbers |= {"pool_sizes": min(sizes)} if batch is None else {"batch": batch}
+    for name, given in numbers.items():
+        if given < 1:
+            raise ValueError(f"--{name} must be at least 1, got {given}")
     judging = Judging(protocol, exact_match, demonstrations or Demonstrations(), fluency, references)
     if baselines is None:
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
     check_file(Path(out), "--out")
     specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device)
-    wanted_of(specs)
+    if not (wanted_of(specs) or baselines):
+        raise ValueError("nothing to evaluate: give --editor, or --baselines")
     if benchmark:
         if data:
             raise ValueError("--data: a benchmark names its own data sets, benchmark.datasets; leave it out")
         if replace(judging, exact_match=False) != Judging():
             raise ValueError("--protocol and its options: each of benchmark.datasets names its own; leave them out")
-        run_benchmark(benchmark, specs, *build(specs), seed=seed, batch_size=batch_size)
+        check_folder(Path(benchmark.out), "benchmark.out")
+        chosen = records_of(benchmark, seed)
+        run_benchmark(benchmark, chosen, specs, *build(specs), seed=seed, batch_size=batch_size)
         return
     if not data:
         raise ValueError("nothing to evaluate: give --data, or a --benchmark")
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
     judging.check(drawn_records)
+    if consecutively:
+        stops_of(len(drawn_records), batch or 1, checkpoints)
     model, editors = build(specs)
     drawn_records = meeting_conditions(model, drawn_records, batch_size)
     about: dict[str, Any] = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
@@ -111,7 +123,6 @@ def evaluate(
     if consecutively:
         run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, judging, Path(out), **about)
         return
-    sizes = [1] if mode == "single" else [batch] if batch else pool_sizes or [1, 10, 100]
     run_evaluation(
         [c.editor for c in editors],
         model,

@@ -28,10 +28,10 @@ def moments(
         relative: that threshold is in units of the mean second moment.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
-    options = moments or Moments()
+    options, place = moments or Moments(), device_named(device)
     model = load_backbone(backbone)
     names = [down_name(model, i) for i in layer_numbers(model, layers)]
-    model.model.to(device_named(device))  # type: ignore[arg-type]
+    model.model.to(place)  # type: ignore[arg-type]
     found = second_moments(model, names, options, bar())
     for name in names:
         matrix = found[name]

@@ -127,6 +127,7 @@ class Judging:
             FileNotFoundError, ValueError: for a file of the protocol's that cannot be read.
             ValueError: names the first record, and what it lacks.
         """
+        self.demonstrations.read()
         if self.protocol == "counterfact":
             self._counterfact().check(records)
         elif self.protocol in _CHECKS:

@@ -220,6 +220,22 @@ def check_file(path: Path, flag: str = "") -> None:
         raise ValueError(f"{said} cannot be written: {error.strerror}; give another file") from error
 
 
+def check_folder(path: Path, flag: str) -> None:
+    """Refuse what cannot be a folder that is written to. Nothing is made yet.
+
+    Args:
+        flag: what a user set it by, for the message.
+
+    Raises:
+        ValueError: where it, or what it would lie in, is a file or cannot be written to.
+    """
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag} {path} cannot be made: {there} is a file; give another folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: {there} allows it not; give another folder")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that is whole at any time: to a temporary file beside it, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)

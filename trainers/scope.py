@@ -17,7 +17,7 @@ from trainers.callbacks.scope_drawing import scope_figure
 from trainers.command import run
 from trainers.editors import Spec
 from trainers.evaluation_run import drawn
-from trainers.report import write_json
+from trainers.report import check_file, write_json
 from trainers.workers import Specs, build, wanted_of
 
 
@@ -46,19 +46,24 @@ def scope(
     specs = editor or ["coachhook"]
     if len(specs) != 1:
         raise ValueError(f"--editor: one editor with hook layers, got {len(specs)}")
+    if records < 1:
+        raise ValueError(f"--records must be at least 1, got {records}")
     wanted = Specs(backbone or BackboneConfig(), tuple(specs), device=device)
-    wanted_of(wanted)
+    (asked,) = wanted_of(wanted)
+    if isinstance(asked, Path) or not issubclass(asked.kind, CoachHook):
+        name = asked if isinstance(asked, Path) else asked.name
+        raise ValueError(f"--editor {name} has no hook layers; coachhook has")
+    file = Path(out)
+    check_file(file, "--out")
     every = load(data)
     chosen = drawn(every.records, len(every), records, seed, queries_per_kind)
     model, (one,) = build(wanted)
     made = one.editor
-    if not isinstance(made, CoachHook):
-        raise ValueError(f"--editor {made.name} has no hook layers; coachhook has")
+    assert isinstance(made, CoachHook)
     with made.edit(model, [request for record in chosen for request in record.requests]) as edited:
         found = hook_scores(edited, texts_of(edited, chosen))  # type: ignore[arg-type]
         alphas = edited.alphas()  # type: ignore[attr-defined]
     about = {"editor": made.name, "records": len(chosen), "seed": seed, "backbone": model.config.source}
-    file = Path(out)
     write_json(file, {"meta": about, "alphas": alphas, "scores": [asdict(s) for s in found]})
     scope_figure(found, alphas, made.scope.relative).savefig(file.with_suffix(".png"))
     _print(found, alphas)

@@ -29,7 +29,7 @@ from trainers.benchmark.cell import held
 from trainers.callbacks.gist_drawing import speed_figure
 from trainers.command import run
 from trainers.evaluation_run import bar
-from trainers.report import command_line, write_json, write_text
+from trainers.report import check_folder, command_line, write_json, write_text
 from trainers.workers import device_named
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (InContext, Unedited)}
@@ -72,12 +72,14 @@ def speed(
     if wrong:
         raise ValueError(f"--baselines: unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
     sizes = sorted(set(edits or (100, 200, 500, 1000)))
-    if min(*sizes, queries, repeats) < 1 or new_tokens < 2:
+    if min(*sizes, queries, repeats, batch_size) < 1 or new_tokens < 2:
         raise ValueError(
-            f"--edits {sizes}, --queries {queries}, --repeats {repeats} must be at least 1, --new_tokens {new_tokens} 2"
+            f"--edits {sizes}, --queries {queries}, --repeats {repeats}, --batch_size {batch_size} must be at least 1, "
+            f"--new_tokens {new_tokens} 2"
         )
     refuse_others(editor)
     place = device_named(device)
+    check_folder(Path(out), "--out")
     records = distinct(data, sizes[-1], seed)
     requests = made_up([r.request for r in records], sizes[-1], seed)
     trained = load_editor(editor)

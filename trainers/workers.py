@@ -46,8 +46,8 @@ def wanted_of(specs: Specs) -> list[TrainingFree | Path]:
     """The editors read but not built, and everything checked that needs no model.
 
     Raises:
-        ValueError: for an unknown baseline or editor, where there is nothing to take a backbone from, and for a device
-            that is not there.
+        ValueError: for an unknown baseline or editor, two of one name, where there is nothing to take a backbone from,
+            and for a device that is not there.
     """
     wrong = sorted(set(specs.baselines) - set(BASELINES))
     if wrong:
@@ -55,6 +55,9 @@ def wanted_of(specs: Specs) -> list[TrainingFree | Path]:
     wanted = read(specs.editors)
     if specs.backbone is None and not any(isinstance(one, Path) for one in wanted):
         raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
+    names = [*specs.baselines, *(one.name if isinstance(one, TrainingFree) else str(one) for one in wanted)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two editors are called {twice!r}; give each a name: {{editor: ..., name: ...}}")
     device_named(specs.device)
     return wanted
 

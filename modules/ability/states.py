@@ -13,8 +13,19 @@ def check(editor: Editor, there_are: int, counts: Sequence[int], batch: int | No
     """Refuse what `edited_models` cannot do, before any work.
 
     Raises:
-        ValueError: for counts that are not ascending, below 1 or above the number of records, for a batch below 1, for
-            a count that does not end a batch, and for an editor that is given each record's own edit.
+        ValueError: see `check_counts`; and for an editor that is given each record's own edit.
+    """
+    check_counts(there_are, counts, batch)
+    if editor.own_edit_only:
+        raise ValueError(f"{editor.name} is given each record's own edit: general questions have none")
+
+
+def check_counts(there_are: int, counts: Sequence[int], batch: int | None = None) -> None:
+    """Refuse numbers of edits that cannot be, before an editor is there.
+
+    Raises:
+        ValueError: for counts that are not ascending, below 1 or above the number of records, for a batch below 1, and
+            for a count that does not end a batch.
     """
     if list(counts) != sorted(set(counts)) or (counts and not 1 <= counts[0] <= counts[-1] <= there_are):
         raise ValueError(f"edits must ascend from 1 or more to {there_are}, the number of records; got {list(counts)}")
@@ -23,8 +34,6 @@ def check(editor: Editor, there_are: int, counts: Sequence[int], batch: int | No
     odd = [count for count in counts if batch and count % batch and count != there_are]
     if odd:
         raise ValueError(f"after {odd[0]} edits no batch of {batch} ends; give multiples of the batch")
-    if editor.own_edit_only:
-        raise ValueError(f"{editor.name} is given each record's own edit: general questions have none")
 
 
 def edited_models(

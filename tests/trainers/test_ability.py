@@ -289,7 +289,8 @@ def test_the_command(folder: Path) -> None:
     assert json.loads((folder / "a.json").read_text())["cells"]["nudge"]["2"] == first["cells"]["nudge"]["2"]
 
 
-def test_the_command_refuses_what_does_not_go_together(folder: Path) -> None:
+def test_the_command_refuses_what_does_not_go_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ability_command, "build", None)  # no model may be loaded
     given = arguments(folder)
     for more, message in (
         (["--edits", "0,2"], "give --editor"),
@@ -297,6 +298,11 @@ def test_the_command_refuses_what_does_not_go_together(folder: Path) -> None:
         (["--edits", "-1", "--editor", "memit"], "0 or more"),
         (["--edits", "7", "--editor", "ft_m"], "only 6 records"),
         (["--edits", "0", "--tasks", "cola"], "no task 'cola'"),
+        (["--edits", "0", "--tasks", "samsum"], "none of the tasks has its file: no file .*samsum"),
+        (["--edits", "0", "--tasks", "sst2", "--tasks", "sst2"], "tasks need different names"),
+        (["--edits", "0,3,4", "--batch", "2", "--editor", "ft_m"], "after 3 edits no batch of 2 ends"),
+        (["--edits", "0", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--edits", "0", f"--out={folder}"], "--out .* is a folder; give a file in it"),
     ):
         with pytest.raises(SystemExit, match=message):
             command(ability_command.ability, [*given, *more])

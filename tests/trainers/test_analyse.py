@@ -82,11 +82,12 @@ def test_analyse_aligns_to_what_is_asked_for(exported: Path, tmp_path: Path) -> 
         (["--pool_sizes=41"], "the largest pool has 41 edits, the data has 40 different ones"),
         (["--pool_sizes=0"], "all must be at least 1"),
         (["--device=cuda:7"], "CUDA devices"),
+        ([f"--out={__file__}"], "--out .* is a file; give another folder"),
     ],
 )
 def test_analyse_says_what_is_wrong(exported: Path, tmp_path: Path, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        run(analyse, [f"--editor={exported}", DATA, *more, f"--out={tmp_path / 'out'}"])
+        run(analyse, [f"--editor={exported}", DATA, f"--out={tmp_path / 'out'}", *more])
     assert not (tmp_path / "out").exists()
 
 
@@ -187,6 +188,8 @@ def test_speed_marks_what_does_not_fit(exported: Path, tmp_path: Path, capsys: p
         (["--baselines=memit"], "unknown baseline 'memit'; there are: icl, unedited"),
         (["--edits=0"], "must be at least 1"),
         (["--new_tokens=1"], "--new_tokens 1 2"),
+        (["--batch_size=0"], "--batch_size 0 must be at least 1"),
+        ([f"--out={__file__}"], "--out .* is a file; give another folder"),
     ],
 )
 def test_speed_says_what_is_wrong(exported: Path, more: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from modules.backbone import BackboneConfig, load_backbone
 from modules.uniedit import UNIEDIT_PROTOCOLS
+from trainers import edit as edit_command
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
 from trainers import fit as fit_command
@@ -102,13 +103,70 @@ def test_edit_with_a_training_free_editor(edits: Path, tmp_path: Path, capsys: p
     [
         (["--save=x"], "--save: not with icl: it has nothing to save"),
         (["--merge=x"], "--merge: not with icl: its edits are no change of weights"),
-        (["--pool=x"], "--pool: not with icl: it cannot go on from saved edits"),
+        (["--pool=."], "--pool: not with icl: it cannot go on from saved edits"),
         (["--remove={edits}"], "--remove: not with icl: it cannot take single edits out"),
     ],
 )
 def test_edit_says_what_a_method_cannot_do(edits: Path, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         run(edit, ["--editor=icl", f"--backbone={TINY}", f"--edits={edits}", *(m.format(edits=edits) for m in more)])
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model may be loaded."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    for command in (edit_command, evaluate_command):
+        monkeypatch.setattr(command, "build", refuse)
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--merge={used}"], "--merge: .*used is not empty; choose another folder"),
+        (["--save={used}/file"], "--save .*file cannot be made: .*file is a file; give another folder"),
+        (["--merge={used}/file/in"], "--merge .*in cannot be made: .*file is a file"),
+        (["--save={used}/new", "--merge={used}/../used/new"], "a pool and a plain model need a folder each"),
+        (["--pool={used}/nowhere"], "--pool: there is no folder .*nowhere"),
+        (["--merge={used}/new", "--save={used}"], None),  # what was saved may be saved over
+    ],
+)
+def test_edit_refuses_folders_before_a_model_is_loaded(
+    edits: Path, tmp_path: Path, more: list[str], message: str | None
+) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").touch()
+    given = ["--editor=ft_m", f"--backbone={TINY}", f"--edits={edits}", *(m.format(used=used) for m in more)]
+    with pytest.raises(SystemExit if message else AssertionError, match=message or "a model is loaded"):
+        run(edit, given)
+    assert [path.name for path in used.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--records=0"], "--records must be at least 1, got 0"),
+        (["--pool_sizes=4,0"], "--pool_sizes must be at least 1, got 0"),
+        (["--batch=0"], "--batch must be at least 1, got 0"),
+        (["--singles=-1"], "--singles must be at least 1, got -1"),
+        (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--mode=sequential", "--checkpoints=0,2"], r"checkpoints of at least 1; .*\[0, 2\]"),
+        (["--editor=icl"], "two editors are called 'icl'; give each a name"),
+        (["--editor=ft_m", "--editor=ft_m"], "two editors are called 'ft_m'"),
+        (["--baselines=[]"], "nothing to evaluate: give --editor, or --baselines"),
+        (["--protocol=mquake", "--demonstrations.multi_hop=no.txt"], "no data file no.txt"),
+    ],
+)
+def test_evaluate_refuses_before_a_model_is_loaded(tmp_path: Path, more: list[str], message: str) -> None:
+    data = '--data=[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
+    with pytest.raises(SystemExit, match=message):
+        run(evaluate_command.evaluate, [data, f"--backbone={TINY}", f"--out={tmp_path / 'r.json'}", *more])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from trainers import moments as moments_command
 from trainers.command import run
 from trainers.moments import moments
 
@@ -31,6 +32,12 @@ def test_moments_are_written_and_found_again(tmp_path: Path, capsys: pytest.Capt
     times = [f.stat().st_mtime_ns for f in files]
     run(moments, given)
     assert [f.stat().st_mtime_ns for f in files] == times
+
+
+def test_a_device_is_looked_for_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments_command, "load_backbone", None)
+    with pytest.raises(SystemExit, match="--device 'gpu9' is none"):
+        run(moments, [*MODEL, "--layers=[1]", "--device=gpu9"])
 
 
 def test_a_text_that_cannot_be_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

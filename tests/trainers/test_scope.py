@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from trainers import scope as scope_command
 from trainers.command import run
 from trainers.scope import scope
 
@@ -33,6 +34,20 @@ def test_scores_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(layer in said for layer in layers)
 
 
-def test_an_editor_without_hook_layers_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="--editor ft_m has no hook layers"):
-        run(scope, [*MODEL, "--editor=ft_m"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--editor=ft_m"], "--editor ft_m has no hook layers"),
+        (["--editor={export}"], "--editor .*export has no hook layers"),
+        (["--records=0"], "--records must be at least 1"),
+        (["--out={export}"], "--out .*export is a folder; give a file in it"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(
+    more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scope_command, "build", None)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "editor.json").write_text("{}")
+    with pytest.raises(SystemExit, match=message):
+        run(scope, [*MODEL, *(given.format(export=tmp_path / "export") for given in more)])

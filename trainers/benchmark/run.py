@@ -9,7 +9,7 @@ out/answers.html                           answers side by side; opens without a
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.records import EditRecord
 from datamodules.sources import load
 from modules.backbone import Backbone
 from modules.editor import Edited
@@ -40,8 +41,31 @@ log = logging.getLogger(__name__)
 KILLED = "its process was killed (out of memory? fewer benchmark.workers leave more to each)"
 
 
+def records_of(benchmark: Benchmark, seed: int) -> dict[str, list[EditRecord]]:
+    """The records of each data set, as many as the largest run needs: what can be wrong with data, before a model is
+    loaded.
+
+    Args:
+        seed: draws them.
+
+    Raises:
+        ValueError: where a data set has fewer records than a run needs, or they do not fit its protocol.
+    """
+    found = {}
+    for name, dataset in benchmark.datasets.items():
+        every = load(dataset.data)
+        if len(every) < benchmark.most():
+            raise ValueError(
+                f"benchmark.datasets.{name} has {len(every)} records, a run needs {benchmark.most()}: lower its edits"
+            )
+        found[name] = drawn(every.records, len(every), benchmark.most(), seed, dataset.queries_per_kind)
+        dataset.judging.check(found[name])
+    return found
+
+
 def run_benchmark(
     benchmark: Benchmark,
+    records: Mapping[str, Sequence[EditRecord]],
     specs: Specs,
     backbone: Backbone,
     editors: Sequence[Chosen],
@@ -55,19 +79,17 @@ def run_benchmark(
     fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again.
 
     Args:
+        records: of each data set, see `records_of`.
         specs: what worker processes build backbone and editors from.
         backbone, editors: the same, in this process.
-        seed: draws the records, and the bootstrap.
+        seed: that drew the records; of the bootstrap.
 
     Returns:
         The results of all cells, in the grid's order.
-
-    Raises:
-        ValueError: where a data set has fewer records than a run needs.
     """
     console = console or Console()
     out, now = Path(benchmark.out), code()
-    cells = list(plan(benchmark, backbone, editors, seed, batch_size))
+    cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
     done = {cell: found for cell in cells if (found := _finished(cell, out)) is not None}
     left = [cell for cell in cells if cell not in done]
     if done:
@@ -97,25 +119,19 @@ def run_benchmark(
 
 
 def plan(
-    benchmark: Benchmark, backbone: Backbone, editors: Sequence[Chosen], seed: int, batch_size: int
+    benchmark: Benchmark,
+    records: Mapping[str, Sequence[EditRecord]],
+    backbone: Backbone,
+    editors: Sequence[Chosen],
+    seed: int,
+    batch_size: int,
 ) -> Iterator[Cell]:
-    """All cells. Runs of fewer edits take the first ones of those with more.
-
-    Raises:
-        ValueError: where a data set has fewer records than a run needs, or they do not fit its protocol.
-    """
+    """All cells. Runs of fewer edits take the first ones of those with more."""
     weights = weights_hash(backbone.model)
     for name, dataset in benchmark.datasets.items():
-        every = load(dataset.data)
-        if len(every) < benchmark.most():
-            raise ValueError(
-                f"benchmark.datasets.{name} has {len(every)} records, a run needs {benchmark.most()}: lower its edits"
-            )
-        records = drawn(every.records, len(every), benchmark.most(), seed, dataset.queries_per_kind)
-        dataset.judging.check(records)
-        records = meeting_conditions(backbone, records, batch_size)
+        asked = meeting_conditions(backbone, list(records[name]), batch_size)
         about = {"seed": seed, "batch_size": batch_size, "weights": weights, **dataset.judging.told()}
-        if any(record.multi_hop for record in records):
+        if any(record.multi_hop for record in asked):
             about["contradicted"] = "not asked"  # results of before this rule are of other questions
         for run in benchmark.runs:
             for count, edits in spans(run):
@@ -128,7 +144,7 @@ def plan(
                         run.mode,
                         edits,
                         run.steps,
-                        records[:count],
+                        asked[:count],
                         chosen.facts,
                         about,
                         dataset.judging,

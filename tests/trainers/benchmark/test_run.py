@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from modules.backbone import BackboneConfig
+from trainers import evaluate as evaluate_command
 from trainers.benchmark import run as benchmark_run
 from trainers.command import run
 from trainers.evaluate import evaluate
@@ -46,6 +47,11 @@ def config(folder: Path, **more: Any) -> Path:
     file = folder / "benchmark_tiny.yaml"
     file.write_text(yaml.safe_dump(given | more))
     return file
+
+
+def grid(edits: list[int], **dataset: Any) -> dict[str, Any]:
+    runs = [{"mode": "batch", "edits": edits}]
+    return {"datasets": {"facts": {"data": [FACTS], **dataset}}, "runs": runs, "out": "nowhere/out"}
 
 
 def cells(folder: Path) -> dict[str, dict[str, Any]]:
@@ -201,9 +207,15 @@ def test_workers_that_cannot_be_built_are_named(tmp_path: Path) -> None:
         ({"baselines": ["nothing"]}, "unknown baseline 'nothing'"),
         ({"device": "cuda:9"}, "--device cuda:9: this machine has"),
         ({"device": "gpu9"}, "--device 'gpu9' is none"),
+        ({"benchmark": grid([2, 9999])}, r"benchmark\.datasets\.facts has \d+ records, a run needs 9999"),
+        ({"benchmark": grid([2], protocol="dune")}, "--protocol dune: record .* which is no set of DUNE"),
+        ({"benchmark": grid([2]) | {"out": __file__}}, r"benchmark\.out .* is a file; give another folder"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_command, "build", None)  # no model may be loaded
     with pytest.raises(SystemExit, match=f"error: {message}"):
         run(evaluate, [f"--config={config(tmp_path, **change)}"])
     assert not (tmp_path / "out").exists()
