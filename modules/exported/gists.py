@@ -43,7 +43,7 @@ def _build_gists(folder: Path, facts: dict[str, Any]) -> InComeS:
         backbone = BackboneConfig(str(folder), backbone.dtype, backbone.attention)
     return InComeS(
         backbone,
-        GistConfig(**facts["gist"]),
+        GistConfig(**({"bos": False} | facts["gist"])),  # exports from before were trained without
         train=facts["train"],
         reader=facts["reader"],
         lora=LoraOptions(**facts["lora"]),

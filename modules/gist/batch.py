@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.records import EditRecord, Query
 from datamodules.schedule import Slot
 from datamodules.tensors import Tensors
-from datamodules.tokens import encode, pad, pad_id
+from datamodules.tokens import adds_bos, encode, pad, pad_id
 
 Kind = Literal["request", "rephrase", "portability", "multi_hop", "locality"]
 T = TypeVar("T")
@@ -27,13 +27,13 @@ class GistBatch(Tensors):
 
     Args:
         edits, edits_mask: [N, T], right-padded, equal edits of a pool stored once.
-        queries, queries_mask: [B, T], right-padded, without BOS (released code).
+        queries, queries_mask: [B, T], right-padded.
         golden: the edit each query should read [B]; -1: none.
         visible: the edits in each query's pool [B, N].
         answer: tokens of the query that are its answer [B, T].
         teacher, teacher_positions, teacher_blocks: [B, T'] the teacher's packed rows: edit, newline, query (block 1,
-            only for a query with an edit) and the query alone (block 2); 0 pads.
-        with_edit, alone: where the query begins in the teacher's row, in either block [B].
+            only for a query with an edit; a BOS stands before the edit) and the query alone (block 2); 0 pads.
+        with_edit, alone: token i of the query is at this + i of the teacher's row, in either block [B].
         records: ids, for messages.
     """
 
@@ -95,11 +95,16 @@ class _Row(NamedTuple):
 
 
 class GistCollator:
-    """Slots to a GistBatch. The draw of a slot's queries depends on its own seed and its pool alone."""
+    """Slots to a GistBatch. The draw of a slot's queries depends on its own seed and its pool alone.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: QueryConfig) -> None:
+    Args:
+        bos: see GistConfig.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: QueryConfig, bos: bool = True) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.bos = bos and adds_bos(tokenizer)
         self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
     def fits(self, record: EditRecord) -> bool:
@@ -156,17 +161,19 @@ class GistCollator:
         for row in rows:
             answer = row.query.target + self.config.closing
             encoded = encode(self.tokenizer, row.query.prompt, answer, bos=False)
-            ids = list(encoded.ids)
+            text = encoded.ids
+            head = [self.tokenizer.bos_token_id] * self.bos
+            ids = [*head, *text]
             # free text has no stem: its first tokens cannot be known from the edit (released code)
-            start = (encoded.target_start if row.query.prompt else 0) or min(len(ids) // 2, 12)
+            start = len(head) + ((encoded.target_start if row.query.prompt else 0) or min(len(text) // 2, 12))
             queries.append(ids)
             answers.append([i >= start for i in range(len(ids))])
             context = [*edit_ids[row.edit], *self.newline] if row.in_scope else []
-            first = [*context, *ids] if row.in_scope else []
+            first = [*context, *text] if row.in_scope else []
             packed.append([*first, *ids])
             positions.append([*range(len(first)), *range(len(ids))])
             blocks.append([1] * len(first) + [2] * len(ids))
-            with_edit.append(len(context) if row.in_scope else len(first))
+            with_edit.append(len(context) - len(head) if row.in_scope else 0)
             alone.append(len(first))
         edits, edits_mask = pad(edit_ids, padding)
         ids, mask = pad(queries, padding)

@@ -64,9 +64,9 @@ def _texts(record: EditRecord) -> list[str]:
 @torch.no_grad()
 def _states(model: GistModel, records: Sequence[EditRecord], batch: int = 64) -> list[_Case]:
     """The matcher's view of every text: the input of its layer, taken by a hook that stops the pass there."""
-    texts = [t for r in records for t in _texts(r)]
     tokenizer = model.backbone.tokenizer
-    rows = [encode(tokenizer, "", t).ids for t in texts]
+    texts = [(t, model.config.bos or not i) for r in records for i, t in enumerate(_texts(r))]  # the first is the edit
+    rows = [encode(tokenizer, "", t, bos=bos).ids for t, bos in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     states: dict[int, Tensor] = {}
     for at in range(0, len(order), batch):
@@ -159,7 +159,7 @@ def _mean_queries(model: GistModel, texts: Sequence[str]) -> None:
     starts at "nothing" (untrained SmolLM2 with 100 gists keeps 98% of its own predictions; with a normal key 12%).
     """
     tokenizer = model.backbone.tokenizer
-    ids, mask = pad([encode(tokenizer, "", t).ids for t in texts[:64]], pad_id(tokenizer))
+    ids, mask = pad([encode(tokenizer, "", t, bos=model.config.bos).ids for t in texts[:64]], pad_id(tokenizer))
     ids, mask = ids.to(model.backbone.device), mask.to(model.backbone.device)
     pool = model.compress(ids[:4], mask[:4])
     collected: dict[int, Tensor] = {}

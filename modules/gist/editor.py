@@ -28,7 +28,7 @@ class GistEdited(Edited):
     """
 
     def __init__(self, model: GistModel, requests: Sequence[EditRequest], pool: GistPool) -> None:
-        super().__init__(model.reader, bos=False)  # as in training (released code)
+        super().__init__(model.reader, bos=model.config.bos)  # as in training
         self.model = model
         self.requests = tuple(requests)
         self.pool = pool

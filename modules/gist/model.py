@@ -27,6 +27,8 @@ class GistConfig:
         selection: `qk`: each layer's queries against the gists' keys, as published. `hidden`: by whitened states of a
             low layer, ours (modules/gist/matcher.py).
         keys: gist keys stored before their rotation (released code) or after it.
+        bos: queries begin with a BOS where the tokenizer uses one, as the unedited model is asked: in training, the
+            teacher's too, and when edited. Off: none do (released code, of the student alone).
         zero_gist: offer the zero-gist (off: an ablation of the paper).
         zero_key: where the zero-gist's key starts: `normal` (released code), or `mean_query`, the mean of the queries
             over a calibration text, scaled so that reading starts at "nothing".
@@ -38,6 +40,7 @@ class GistConfig:
     layers: Literal["upper", "all"] = "upper"
     selection: Literal["qk", "hidden", "both"] = "qk"
     keys: Literal["before_rope", "after_rope"] = "before_rope"
+    bos: bool = True
     zero_gist: bool = True
     zero_key: Literal["normal", "mean_query"] = "normal"
     temperature: float = 0.45

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from datamodules.tokens import adds_bos
 from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, cast, load_backbone
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
@@ -22,6 +23,8 @@ from modules.gist.model import GistConfig, GistModel
 from modules.losses import edit_sensitivity, head_of, mean_per_row, token_ce_and_kl, token_log_probs, weighted_mean
 from modules.trained.incomes_config import LoraOptions, LossConfig, OptimizerConfig
 from modules.trained_module import TrainedModule
+
+_BOS = "gist_bos"  # in a checkpoint: whether queries began with a BOS
 
 
 class InComeS(TrainedModule[GistModel]):
@@ -87,7 +90,7 @@ class InComeS(TrainedModule[GistModel]):
 
     def collator(self) -> GistCollator:
         """How the DataModule's slots become batches."""
-        return GistCollator(self.tokenizer, self.queries)
+        return GistCollator(self.tokenizer, self.queries, self.gist_config.bos)
 
     @property
     def gists(self) -> GistModel:
@@ -212,7 +215,8 @@ class InComeS(TrainedModule[GistModel]):
         everywhere = batch.queries_mask.bool()
         wanted = everywhere if "all" in (config.ce_on, config.kl_on) else batch.answer
         wanted = wanted.clone()
-        wanted[:, 0] = False  # nothing predicts the first token
+        bos = self.gist_config.bos and adds_bos(self.tokenizer)
+        wanted[:, : 1 + bos] = False  # before a text's first token nothing is known of it
         row, at = wanted.nonzero(as_tuple=True)  # [n]
         answer = batch.answer[row, at]
         labels = batch.queries[row, at]
@@ -289,6 +293,20 @@ class InComeS(TrainedModule[GistModel]):
         """What a checkpoint holds: trained parameters, and the statistics that selection starts from."""
         names = {n for n, p in self.named_parameters() if p.requires_grad}
         return names | {n for n, _ in self.named_buffers() if n.startswith("model.matcher.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_BOS] = self.gist_config.bos
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError for a checkpoint whose queries had a BOS where this module's have none, or the reverse."""
+        then, now = checkpoint.get(_BOS, False), self.gist_config.bos  # there was none before the setting was there
+        if then != now and adds_bos(self.tokenizer):
+            raise ValueError(
+                f"the checkpoint was trained with model.init_args.gist.bos {str(then).lower()}, the config says "
+                f"{str(now).lower()}: set it as it was (to export a run: in the config.yaml of its folder)"
+            )
+        super().on_load_checkpoint(checkpoint)
 
 
 def block_mask(blocks: Tensor, dtype: torch.dtype) -> Tensor:

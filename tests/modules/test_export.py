@@ -120,6 +120,23 @@ def test_a_teacher_of_lower_precision(
     torch.testing.assert_close(scores(editor, records), expected, atol=0.3, rtol=0.05)
 
 
+def test_the_bos_of_queries_is_kept_and_exports_from_before_have_none(
+    trained: Callable[..., InComeS], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    export(trained(), folder)
+    file = folder / "editor.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    for told, expected in ((True, True), (False, False), (None, False)):
+        facts["gist"]["bos"] = told
+        if told is None:
+            del facts["gist"]["bos"]
+        file.write_text(json.dumps(facts), encoding="utf-8")
+        editor: Any = load_editor(folder)
+        with editor.edit(editor.reader, []) as edited:
+            assert edited.bos is expected
+
+
 def test_adapters_on_a_random_base_find_it_again(records: list[EditRecord], tmp_path: Path, tiny_config) -> None:
     module = InComeS(tiny_config(), train="lora", lora=LoraOptions(4, 8, ["k_proj"]))
     module.configure_model()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -46,6 +47,11 @@ def batch_of(module: InComeS, records: list[EditRecord], pools: list[int] | None
     return module.collator()(slots)
 
 
+def begin_with_bos(module: InComeS) -> None:
+    module.tokenizer.bos_token = "<|endoftext|>"
+    module.tokenizer._palimpsest_adds_bos = True
+
+
 def teacher_of(build: Callable[..., InComeS], options: dict[str, Any]) -> torch.nn.Module:
     """The model that training began with, loaded afresh and never touched."""
     from modules.backbone import load_backbone
@@ -62,19 +68,20 @@ def plain_losses(module: InComeS, original: torch.nn.Module, batch: GistBatch) -
     for b in range(len(batch)):
         length = int(batch.queries_mask[b].sum())
         ids = batch.queries[b, :length]
+        head = int(ids[0] == module.tokenizer.bos_token_id)
         golden = int(batch.golden[b])
         with torch.no_grad():
             alone = original(ids[None]).logits[0].log_softmax(-1)
             taught = alone
             if golden >= 0:
                 edit = batch.edits[golden][batch.edits_mask[golden].bool()].tolist()
-                row = torch.tensor([[*edit, *newline, *ids.tolist()]])
-                taught = original(row).logits[0].log_softmax(-1)[len(edit) + len(newline) :]
+                row = torch.tensor([[*edit, *newline, *ids[head:].tolist()]])
+                taught = original(row).logits[0].log_softmax(-1)[len(edit) + len(newline) - head :]
         trace: dict[int, Tensor] = {}
         out, _ = model(ids[None], torch.ones(1, length).long(), pool, batch.visible[b : b + 1], trace=trace)
         student = model.reader.model.get_output_embeddings()(out.last_hidden_state[0]).log_softmax(-1)
         ce, count, kl, missed = torch.zeros(()), 0, [], []
-        for i in range(1, length):
+        for i in range(1 + head, length):
             token, answer = ids[i], bool(batch.answer[b, i])
             if golden >= 0 and (answer or config.ce_on == "all"):
                 weight = torch.relu(taught[i - 1, token] - alone[i - 1, token]) * config.weight_scale
@@ -142,6 +149,21 @@ def test_loss_switches(build: Callable[..., InComeS], records: list[EditRecord],
     found = module.losses(batch, batch.visible)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("train", TRAIN)
+def test_losses_with_a_tokenizer_that_adds_a_bos(
+    build: Callable[..., InComeS], records: list[EditRecord], train: str, bos: bool
+) -> None:
+    options: dict[str, Any] = {"train": train, "gist": GistConfig(bos=bos), "loss": LossConfig(golden_weight=0.5)}
+    module = build(**options)
+    begin_with_bos(module)
+    batch = batch_of(module, records)
+    assert bool((batch.queries[:, 0] == module.tokenizer.bos_token_id).all()) == bos
+    expected = plain_losses(module, teacher_of(build, options), batch)
+    for name, value in module.losses(batch, batch.visible).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"])
@@ -366,6 +388,25 @@ def test_checkpoint_holds_what_is_trained_and_no_more(build: Callable[..., InCom
     ):
         with pytest.raises(ValueError, match="does not fit"):
             other.on_load_checkpoint({"state_dict": wrong})
+
+
+@pytest.mark.parametrize("now", [True, False])
+@pytest.mark.parametrize("then", [True, False, None])
+def test_a_run_goes_on_with_the_bos_that_it_began_with(
+    build: Callable[..., InComeS], then: bool | None, now: bool
+) -> None:
+    module = build(gist=GistConfig(bos=bool(then)))
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    if then is None:
+        del checkpoint["gist_bos"]  # of before the setting was there: queries had none
+    other = build(gist=GistConfig(bos=now))
+    other.on_load_checkpoint(checkpoint)  # where the tokenizer adds none it says nothing
+    begin_with_bos(other)
+    refused = pytest.raises(ValueError, match=r"gist\.bos (true|false), the config says .*config\.yaml")
+    with nullcontext() if bool(then) == now else refused as error:
+        other.on_load_checkpoint(checkpoint)
+    assert (error is None) == (bool(then) == now)
 
 
 def test_batches_survive_pickling(build: Callable[..., InComeS], records: list[EditRecord]) -> None:

@@ -96,14 +96,18 @@ def _queries(batch: GistBatch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.queries[:count], batch.queries_mask[:count]
 
 
+@pytest.mark.parametrize("bos", [None, False, True])
 @pytest.mark.parametrize("selected", ["request", "locality", None])
 @torch.no_grad()
 def test_teacher_reads_edit_and_query_as_two_plain_passes_would(
-    tiny: Callable[..., Backbone], records: list[EditRecord], selected: str | None
+    tiny: Callable[..., Backbone], records: list[EditRecord], selected: str | None, bos: bool | None
 ) -> None:
     backbone = tiny()
+    if bos is not None:
+        backbone.tokenizer.bos_token = "<|endoftext|>"
+        backbone.tokenizer._palimpsest_adds_bos = True
     config = ONLY[selected] if selected else QueryConfig(per_record=3)
-    batch = GistCollator(backbone.tokenizer, config)(slots(records, [0, 0, 1, 1]))
+    batch = GistCollator(backbone.tokenizer, config, bool(bos))(slots(records, [0, 0, 1, 1]))
     decoder = backbone.model.base_model
     packed = decoder(
         input_ids=batch.teacher,
@@ -121,8 +125,9 @@ def test_teacher_reads_edit_and_query_as_two_plain_passes_would(
         if batch.golden[b] >= 0:
             edit = batch.edits[batch.golden[b]][batch.edits_mask[batch.golden[b]].bool()]
             context = [*edit.tolist(), *backbone.tokenizer("\n")["input_ids"]]
+            query = query[bool(bos) :]  # a BOS stands before the edit, none within the row
         both = decoder(input_ids=torch.tensor([[*context, *query.tolist()]])).last_hidden_state[0, len(context) :]
-        start = int(batch.with_edit[b])
+        start = int(batch.with_edit[b]) + bool(bos and context)
         torch.testing.assert_close(packed[b, start : start + len(query)], both, atol=1e-5, rtol=1e-5)
 
 
@@ -170,18 +175,35 @@ def test_fits_by_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         assert GistCollator(tokenizer, config).fits(record) is expected
 
 
-def test_bos_stands_before_edits_and_the_teacher_but_not_before_queries(
-    records: list[EditRecord], tiny_config: Any
-) -> None:
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bos_of_edits_queries_and_the_teacher(records: list[EditRecord], tiny_config: Any, wanted: bool) -> None:
+    """Before an edit it stands as the tokenizer has it; before a query, also where the teacher reads it, if wanted."""
     tokenizer = load_tokenizer(tiny_config())
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer._palimpsest_adds_bos = True
-    batch = GistCollator(tokenizer, ONLY["request"])(slots(records))
+    batch = GistCollator(tokenizer, ONLY["request"], wanted)(slots(records))
     bos = tokenizer.bos_token_id
     assert (batch.edits[:, 0] == bos).all()
     assert (batch.teacher[:, 0] == bos).all()
-    assert not (batch.queries == bos).any()
-    assert batch.queries[0].tolist() == list(encode(tokenizer, "City A is in", "Land 0", bos=False).ids)
+    assert batch.queries[0].tolist() == list(encode(tokenizer, "City A is in", "Land 0", bos=wanted).ids)
+    counts = (batch.queries == bos).sum(1), (batch.teacher == bos).sum(1)  # the teacher's: of the edit, of the query
+    assert [c.tolist() for c in counts] == [[int(wanted)] * 4, [1 + int(wanted)] * 4]
+    for row, keep in zip(batch.queries, batch.answer, strict=True):
+        assert tokenizer.decode(row[keep]).strip().startswith("Land")
+    locality = GistCollator(tokenizer, ONLY["locality"], wanted)(slots(records))
+    assert torch.equal(locality.teacher, locality.queries)  # out of scope the teacher reads the query alone
+
+
+def test_free_text_is_scored_from_the_same_token_on_with_a_bos(tiny_config: Any) -> None:
+    tokenizer = load_tokenizer(tiny_config())
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer._palimpsest_adds_bos = True
+    for text, start in (("abcdefgh", 4), ("abcdefghi", 4), ("x" * 40, 12)):
+        record = EditRecord("free", (EditRequest(text="An abstract."),), rephrases=(Query("", (text,)),))
+        for bos in (True, False):
+            batch = GistCollator(tokenizer, ONLY["rephrase"], bos)(slots([record]))
+            assert batch.answer[0].int().argmax() == start + bos
+            assert batch.answer[0].sum() == len(text) - start
 
 
 @pytest.mark.parametrize("rates", [{}, {"request": 0.0}, {"request": -1.0}, {"hops": 1.0}])

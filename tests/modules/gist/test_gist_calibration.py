@@ -98,6 +98,24 @@ def test_published_start_stays(tiny_gists: Callable[..., GistModel], facts: list
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_texts_begin_as_in_training(
+    tiny_gists: Callable[..., GistModel], facts: list[EditRecord], monkeypatch: pytest.MonkeyPatch, bos: bool
+) -> None:
+    """An edit as the tokenizer has it, a query with a BOS if wanted."""
+    model = tiny_gists(selection="both", zero_key="mean_query", bos=bos)
+    tokenizer = model.backbone.tokenizer
+    monkeypatch.setattr(tokenizer, "_palimpsest_adds_bos", True, raising=False)
+    tokenizer.bos_token = "<|endoftext|>"
+    (case,) = _states(model, facts[:1])
+    assert len(case.edit) == 1 + len(tokenizer(facts[0].request.statement).input_ids)
+    assert len(case.inside[0]) == bos + len(tokenizer(facts[0].request.prompt).input_ids)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(model, "forward", lambda ids, *_: seen.append(ids) or model.__class__.forward(model, ids, *_))
+    calibrate(model, facts[:4], seed=1, steps=1)
+    assert bool((seen[0][:, 0] == tokenizer.bos_token_id).all()) == bos
+
+
 def test_records_are_needed(tiny_gists: Callable[..., GistModel]) -> None:
     with pytest.raises(ValueError, match="calibration needs training records"):
         calibrate(tiny_gists(selection="hidden"), [], seed=0)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from datamodules.records import EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
+from modules.editor import Edited
 from modules.gist.editor import GistEdited, GistEditor, encode_edits
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
@@ -152,6 +153,23 @@ def test_consecutive_edits(tiny_gists: Callable[..., GistModel]) -> None:
 def test_another_kind_of_model_is_refused(tiny_gists: Callable[..., GistModel], tiny: Callable[..., Backbone]) -> None:
     with pytest.raises(ValueError, match=r"random:llama.*random:gpt2"):
         GistEditor(tiny_gists()).edit(tiny("gpt2"), REQUESTS).__enter__()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_queries_begin_with_a_bos_as_the_unedited_models_do(tiny_gists: Callable[..., GistModel], bos: bool) -> None:
+    """Without edits the same scores as the unedited model's; that of queries without one, where the config says so."""
+    model = tiny_gists(bos=bos)
+    tokenizer = model.backbone.tokenizer
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer._palimpsest_adds_bos = True
+    targets = ["a", "bc", "d"]
+    found = {
+        edited: [s.log_probs for s in edited.score(PROMPTS, targets)]
+        for edited in (fresh(model, []), Edited(model.backbone, bos=bos), Edited(model.backbone, bos=not bos))
+    }
+    mine, same_way, other_way = found.values()
+    assert all(map(torch.equal, mine, same_way))
+    assert not any(map(torch.equal, mine, other_way))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gptj"])
