@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from datamodules.records import EditRequest
 from datamodules.tokens import encode, pad, pad_id
 from modules.backbone import Backbone
 from modules.editor import Edited, TrainedEditor
+from modules.fingerprint import weights_hash
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
 
@@ -64,9 +66,9 @@ class GistEdited(Edited):
         return GistEdited(self.model, [self.requests[i] for i in rows], self.pool.keep(rows))
 
     def save(self, folder: Path) -> None:
-        """Write pool.safetensors and pool.json (the edits as text) to a folder."""
+        """Write pool.safetensors, which says what encoded it, and pool.json (the edits as text) to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.pool.map(lambda t: t.cpu()).tensors(), folder / "pool.safetensors")
+        save_file(self.pool.map(lambda t: t.cpu()).tensors(), folder / "pool.safetensors", _encoder(self.model))
         lines = [asdict(r) for r in self.requests]
         (folder / "pool.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
 
@@ -83,6 +85,8 @@ class GistEdited(Edited):
         requests = [EditRequest(**r) for r in json.loads((folder / "pool.json").read_text(encoding="utf-8"))]
         try:
             flat = load_file(folder / "pool.safetensors", device=str(model.backbone.device))
+            with safe_open(folder / "pool.safetensors", "pt") as file:
+                told = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(
                 f"{folder / 'pool.safetensors'} cannot be read: {error}; encode its edits again"
@@ -97,11 +101,30 @@ class GistEdited(Edited):
         }
         if model.matcher is not None:
             expected["address"] = (backbone.hidden_size,)
-        if flat and shapes != expected:
-            raise ValueError(f"the pool in {folder} was encoded by another model; encode its edits again")
+        wrong = ["shapes"] if shapes != expected else []
+        if told and not wrong:
+            wrong = [name for name, value in _encoder(model).items() if told.get(name) != value]
+        if flat and wrong:
+            raise ValueError(
+                f"the pool in {folder} was encoded by another model (other {', '.join(wrong)}): encode its edits again"
+            )
+        if not told:
+            rank_zero_warn(f"the pool in {folder} does not say which model encoded it; if this one did, save it again")
         if len(requests) != len(pool):
             raise ValueError(f"{folder}: pool.json lists {len(requests)} edits, pool.safetensors holds {len(pool)}")
         return cls(model, requests, pool)
+
+
+def _encoder(model: GistModel) -> dict[str, str]:
+    """What has to be the same for a pool to be read as it was written. Reads all weights."""
+    config = model.config
+    return {
+        "layers": config.layers,
+        "selection": config.selection,
+        "keys": config.keys,
+        "match_layer": str(model.match_layer),
+        "weights": weights_hash(model)[:16],
+    }
 
 
 class GistEditor(TrainedEditor):

@@ -113,6 +113,31 @@ def test_load_refuses_what_does_not_fit(tiny_gists: Callable[..., GistModel], tm
         GistEdited.load(model, tmp_path)
 
 
+def test_a_pool_of_another_model_of_the_same_shape_is_refused(
+    tiny_gists: Callable[..., GistModel], tmp_path: Path
+) -> None:
+    model = tiny_gists(selection="hidden")
+    fresh(model, REQUESTS).save(tmp_path)
+    for name, value in (("keys", "after_rope"), ("match_layer", 0.3)):
+        other = tiny_gists(**{"selection": "hidden", name: value})
+        other.load_state_dict(model.state_dict())
+        with pytest.raises(ValueError, match=rf"{tmp_path.name} was encoded by another model \(other {name}\)"):
+            GistEdited.load(other, tmp_path)
+    for tensor in (model.gist_embedding, model.language_model.get_parameter("model.layers.0.mlp.up_proj.weight")):
+        kept = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.view(-1)[0] += 1e-3
+        with pytest.raises(ValueError, match=r"another model \(other weights\): encode its edits again"):
+            GistEdited.load(model, tmp_path)
+        with torch.no_grad():
+            tensor.copy_(kept)
+    assert len(GistEdited.load(model, tmp_path).pool) == 4
+    tensors = load_file(tmp_path / "pool.safetensors")
+    save_file(tensors, tmp_path / "pool.safetensors")  # as saved before it was told
+    with pytest.warns(UserWarning, match="does not say which model encoded it"):
+        assert len(GistEdited.load(model, tmp_path).pool) == 4
+
+
 @pytest.mark.parametrize("selection", ["qk", "hidden", "both"])
 def test_with_leaves_everything_as_it_was(tiny_gists: Callable[..., GistModel], selection: str) -> None:
     model = tiny_gists(selection=selection)
