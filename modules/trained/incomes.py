@@ -42,7 +42,8 @@ class InComeS(TrainedModule[GistModel]):
             model, reading the gists that the student wrote; ours. A query that reads nothing then has exactly the
             original's answer, so what is trained cannot cost locality by drifting.
         lora: the adapters' size.
-        teacher_dtype: of the frozen teacher; the backbone's where None. Ignored with `train: lora`.
+        teacher_dtype: of the frozen teacher; where None the backbone's, under ZeRO that of the training. Ignored with
+            `train: lora`.
         visible_warmup_steps: over these steps the share of the pool that a query sees grows from its own gist to all.
         calibration_records: how many training records set where selection starts; 0: none.
         calibration_steps: of fitting the matcher (selection: hidden).
@@ -188,7 +189,7 @@ class InComeS(TrainedModule[GistModel]):
 
     def on_fit_start(self) -> None:
         if "teacher" in self._outside:
-            self.hold(self._outside["teacher"])
+            self.hold(self._outside["teacher"], keep_dtype=self.teacher_dtype is not None)
         heads = [head_of(m) for m in (self.gists.language_model, self.gists.reader.model, self.teacher)]
         own = [p for n, p in self.gists.named_parameters() if not n.startswith("language_model.")]
         self.register_external([*own, *(p for head in heads for p in head)])

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import DeepSpeedPrecision
 
+from modules.backbone import BackboneConfig
+from modules.trained.incomes import InComeS
 from trainers import fit
 from trainers.cli import TrainingCLI
 from trainers.strategies import Zero
@@ -80,6 +84,20 @@ def test_what_cannot_work_is_said_before_a_process_is_started(
     assert named in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("own", [None, "float32", "float16"])
+def test_a_teacher_keeps_the_precision_that_it_is_given(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one it takes that of the training."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    module = InComeS(BackboneConfig("random:llama", overrides=shape), teacher_dtype=own)
+    module.configure_model()
+    strategy: Any = Zero(stage=2)
+    strategy.precision_plugin = DeepSpeedPrecision("bf16-mixed")
+    monkeypatch.setattr(Zero, "root_device", torch.device("cpu"))
+    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    module.on_fit_start()
+    assert {p.dtype for p in module.teacher.parameters()} == {getattr(torch, own or "bfloat16")}
 
 
 def test_layers_over_a_gpu_config(tmp_path: Path) -> None:
