@@ -83,6 +83,7 @@ def analyse(
         for size in sizes:
             shown.update(task, description=f"traces, {size} edits")
             found.append(traces(everything, records, size, queries, lambda n: shown.advance(task, n)))
+    largest = next(a for a in aligned if a.edits == sizes[-1])  # the reference may be larger
     layers, configured = list(loaded.model.active), loaded.model.config.temperature
     about = {
         "command": command_line(),
@@ -100,7 +101,7 @@ def analyse(
         "temperature": {
             "reference": base,
             "configured": configured,
-            "to_set": aligned[-1].temperature,
+            "to_set": largest.temperature,
             "pools": [asdict(a) for a in aligned],
         },
         "selection": {str(t.edits): _told(t) for t in found},
@@ -112,7 +113,7 @@ def analyse(
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png")
     write_json(folder / "analysis.json", told)
-    _print(console, aligned, found, layers, base, configured, Path(editor))
+    _print(console, aligned, largest, found, layers, base, configured, Path(editor))
     console.print(f"written to {folder}: analysis.json and {len(figures)} figures", highlight=False)
 
 
@@ -196,6 +197,7 @@ def _figures(one: Traces, layers: Sequence[int]) -> dict[str, Figure]:
 def _print(
     console: Console,
     aligned: Sequence[Aligned],
+    largest: Aligned,
     found: Sequence[Traces],
     layers: Sequence[int],
     reference: int,
@@ -211,13 +213,12 @@ def _print(
         then = _number(_mean(a.entropy_then) if a.entropy_then else None)
         table.add_row(str(a.edits), _number(_mean(a.entropy)), _number(a.temperature), spread, then)
     console.print(table)
-    last = aligned[-1]
-    if last.temperature is None:
-        console.print(f"no temperature gives pools of {last.edits} that entropy", highlight=False)
-    elif last.edits >= HOT:
+    if largest.temperature is None:
+        console.print(f"no temperature gives pools of {largest.edits} that entropy", highlight=False)
+    elif largest.edits >= HOT:
         console.print(
-            f"to set for pools of {last.edits}: gist.temperature {last.temperature:.2f} (now {configured:g}), in a "
-            f"config or in {folder / 'editor.json'}",
+            f"to set for pools of {largest.edits}: gist.temperature {largest.temperature:.2f} (now {configured:g}), in "
+            f"a config or in {folder / 'editor.json'}",
             highlight=False,
             soft_wrap=True,
         )

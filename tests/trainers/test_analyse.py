@@ -76,6 +76,19 @@ def test_analyse_aligns_to_what_is_asked_for(exported: Path, tmp_path: Path) -> 
     assert pools[0]["temperature"] == pytest.approx(1, rel=1e-5)
 
 
+def test_the_temperature_to_set_is_that_of_the_largest_pool_asked_for(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not the reference's own, which is 1, where that is larger."""
+    more = ["--pool_sizes=3,12", "--reference=30", "--queries=2", f"--out={tmp_path}"]
+    run(analyse, [f"--editor={exported}", DATA, *more])
+    temperature = json.loads((tmp_path / "analysis.json").read_text())["temperature"]
+    assert [p["edits"] for p in temperature["pools"]] == [3, 12, 30]
+    assert temperature["pools"][2]["temperature"] == pytest.approx(1, rel=1e-5)
+    assert temperature["to_set"] == temperature["pools"][1]["temperature"] != temperature["pools"][2]["temperature"]
+    assert "pools of 12" in " ".join(capsys.readouterr().out.split()).partition("keeps the entropy of pools of 30")[2]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
