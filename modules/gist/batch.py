@@ -110,10 +110,13 @@ class GistCollator:
     def fits(self, record: EditRecord) -> bool:
         """Whether a record is short enough to train on (paper, section 1.5 of the methods page), and asks anything."""
         longest = max(len(encode(self.tokenizer, "", r.statement).ids) for r in record.requests)
-        by_kind = _of_one_edit(record)
-        if not any(qs for kind, qs in by_kind.items() if kind != "locality"):
+        by_kind = {kind: qs for kind, qs in _of_one_edit(record).items() if qs}
+        if not by_kind.keys() - {"locality"}:
             return False  # a bare statement, of which nothing is asked
-        queries = [(q.prompt, q.target) for qs in by_kind.values() for q, _ in qs]
+        wanted = {kind for kind, rate in self.config.rates.items() if rate} & by_kind.keys()
+        # as in `_draw`, where all locality queries may have to be left out
+        asked = wanted if wanted - {"locality"} else by_kind.keys()
+        queries = [(q.prompt, q.target) for kind in asked for q, _ in by_kind[kind]]
         total = longest + max(len(encode(self.tokenizer, p, t).ids) for p, t in queries) + len(self.newline)
         return longest <= self.config.max_edit_tokens and total <= self.config.max_query_tokens
 

@@ -175,6 +175,25 @@ def test_fits_by_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         assert GistCollator(tokenizer, config).fits(record) is expected
 
 
+def test_a_rate_of_zero_leaves_out_such_questions_and_no_record(
+    tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]
+) -> None:
+    """Nor does a question that is too long and never asked."""
+    long = {"hop": (Query("Of which land is the flag " + "very " * 60, ("Land 0",)),)}
+    plain = [replace(r, rephrases=(), portability=p) for r in records for p in (r.portability, long)]  # as wiki_cf's
+    rates: dict[Any, float] = {"request": 0.35, "rephrase": 0.35, "portability": 0.0, "locality": 0.3}
+    collator = GistCollator(tokenizer, QueryConfig(per_record=8, rates=rates))
+    assert all(map(collator.fits, plain))
+    batch = collator(slots(plain))
+    asked = texts(tokenizer, batch.queries, batch.queries_mask)
+    assert not any("flag" in text for text in asked)
+    assert {text.split()[0] for text in asked} == {"City", "Village"}
+    # with a rate, or where nothing else can be asked, they are, and have to fit
+    for other in (rates | {"portability": 0.1}, {"rephrase": 1.0}, {"locality": 1.0}):
+        fits = [GistCollator(tokenizer, QueryConfig(rates=other)).fits(r) for r in plain]
+        assert fits == [True, False] * 4
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_bos_of_edits_queries_and_the_teacher(records: list[EditRecord], tiny_config: Any, wanted: bool) -> None:
     """Before an edit it stands as the tokenizer has it; before a query, also where the teacher reads it, if wanted."""
