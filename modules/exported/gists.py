@@ -43,11 +43,19 @@ def _build_gists(folder: Path, facts: dict[str, Any]) -> InComeS:
         backbone = BackboneConfig(str(folder), backbone.dtype, backbone.attention)
     return InComeS(
         backbone,
-        GistConfig(**({"bos": False} | facts["gist"])),  # exports from before were trained without
+        _switches(facts["gist"]),
         train=facts["train"],
         reader=facts["reader"],
         lora=LoraOptions(**facts["lora"]),
     )
+
+
+def _switches(told: dict[str, Any]) -> GistConfig:
+    """What an export says of compression and selection; what exports meant that were written before `bos` was said."""
+    meant: dict[str, Any] = {} if "bos" in told else {"bos": False}
+    if meant and (told["selection"], told["layers"]) == ("both", "all"):
+        meant["match_layer"] = 0.0  # it was not heeded
+    return GistConfig(**(told | meant))
 
 
 def _fill_gists(module: InComeS, folder: Path) -> None:

@@ -33,7 +33,8 @@ class GistConfig:
         zero_key: where the zero-gist's key starts: `normal` (released code), or `mean_query`, the mean of the queries
             over a calibration text, scaled so that reading starts at "nothing".
         temperature: logits are divided by it at inference when more than ten keys compete (released code: 0.45).
-        match_layer: whose input `hidden` selection sees, as a share of the depth.
+        match_layer: whose input `hidden` selection, and that part of `both`, sees, as a share of the depth; at most the
+            first layer that takes part.
         scale, threshold: where `hidden` selection starts: factor on the cosine, and cosine of indifference.
     """
 
@@ -56,10 +57,10 @@ class GistConfig:
 
     def active(self, depth: int) -> range:
         """The layers that take part, of a model of so many. Below the layer that `hidden` selection sees nothing is
-        chosen yet, so with it `all` are those from there on."""
+        chosen yet, so with it, and with `both`, `all` are those from there on."""
         if self.layers == "upper":
             return range(depth // 2, depth)
-        return range(int(depth * self.match_layer) if self.selection == "hidden" else 0, depth)
+        return range(0 if self.selection == "qk" else int(depth * self.match_layer), depth)
 
 
 class GistModel(nn.Module):

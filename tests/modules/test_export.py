@@ -137,6 +137,20 @@ def test_the_bos_of_queries_is_kept_and_exports_from_before_have_none(
             assert edited.bos is expected
 
 
+def test_an_export_from_before_all_layers_heeded_the_match_layer(
+    trained: Callable[..., InComeS], records: list[EditRecord], tmp_path: Path
+) -> None:
+    module = trained(gist=GistConfig(layers="all", selection="both", match_layer=0.0))
+    expected = scores(module.editor(), records)
+    export(module, tmp_path / "out")
+    file = tmp_path / "out" / "editor.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["gist"]["match_layer"] = 0.5  # half the depth, and yet the first layer's input was matched
+    del facts["gist"]["bos"]  # which is how they are known
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    assert torch.equal(scores(load_editor(tmp_path / "out"), records), expected)
+
+
 def test_adapters_on_a_random_base_find_it_again(records: list[EditRecord], tmp_path: Path, tiny_config) -> None:
     module = InComeS(tiny_config(), train="lora", lora=LoraOptions(4, 8, ["k_proj"]))
     module.configure_model()

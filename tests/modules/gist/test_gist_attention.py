@@ -249,13 +249,16 @@ def test_eager_attention_carries_gists_too(tiny: Callable[..., Backbone], kind: 
 @pytest.mark.parametrize("layers", ["upper", "all"])
 def test_active_layers(tiny_gists: Callable[..., GistModel], layers: str) -> None:
     model = tiny_gists(layers=layers, selection="both", match_layer=0.9)
-    assert list(model.active) == ([2, 3] if layers == "upper" else [0, 1, 2, 3])
-    assert model.match_layer <= model.active.start  # the choice must be made before it is used
+    assert list(model.active) == ([2, 3] if layers == "upper" else [3])
+    assert model.match_layer == model.active.start  # the choice must be made before it is used
     assert sorted(model.compress(*rows(model.backbone, EDITS)).layers) == list(model.active)
 
 
-def test_all_layers_with_hidden_selection_are_those_that_know_the_choice(tiny_gists: Callable[..., GistModel]) -> None:
-    model = tiny_gists(layers="all", selection="hidden", match_layer=0.3)
+@pytest.mark.parametrize("selection", ["hidden", "both"])
+def test_all_layers_with_hidden_selection_are_those_that_know_the_choice(
+    tiny_gists: Callable[..., GistModel], selection: str
+) -> None:
+    model = tiny_gists(layers="all", selection=selection, match_layer=0.3)
     assert list(model.active) == [1, 2, 3]
     assert model.match_layer == 1
 
