@@ -83,7 +83,8 @@ class BackboneConfig:
     Args:
         source: see the top of this file.
         dtype: float32, bfloat16 or float16.
-        attention: sdpa, eager, flash_attention_2, ...; by default what transformers picks for the architecture.
+        attention: sdpa, eager, flash_attention_2 (not of InComeS), ...; by default what transformers picks for the
+            architecture.
         overrides: values put over the model's config; sizes, for random models.
         revision: of a hub repository.
         trust_remote_code: run code that a repository ships. Off unless you set it.

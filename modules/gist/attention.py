@@ -101,10 +101,11 @@ def install(backbone: Backbone) -> None:
     """Make the backbone's attention able to carry gists. A pass without a `GistCall` is unchanged, bit for bit.
 
     Raises:
-        ValueError: where the attention implementation in use is not known to transformers.
+        ValueError: where the attention implementation in use is not known to transformers, or takes no masks.
     """
     model, parts = backbone.model, backbone.parts
     base = str(model.config._attn_implementation)
+    refuse_flash(base)
     if base.startswith(PREFIX) or getattr(model, "_carries_gists", False):
         return
     for i, layer in enumerate(backbone.layers):
@@ -115,6 +116,19 @@ def install(backbone: Backbone) -> None:
     model._carries_gists = True  # type: ignore[assignment]
     _register(base)
     model.set_attn_implementation(PREFIX + base)
+
+
+def refuse_flash(attention: str | None) -> None:
+    """Refuse an attention implementation that takes no mask but that of padding, by its name.
+
+    Raises:
+        ValueError: where it is one.
+    """
+    if attention and "flash" in attention:
+        raise ValueError(
+            f"backbone.attention {attention!r} takes no mask but that of padding, and InComeS's teacher reads edit and "
+            "query in blocks of one row; set backbone.attention to sdpa"
+        )
 
 
 def _register(base: str) -> None:

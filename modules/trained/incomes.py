@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from datamodules.tokens import adds_bos
 from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, cast, load_backbone
+from modules.gist.attention import refuse_flash
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
@@ -71,6 +72,7 @@ class InComeS(TrainedModule[GistModel]):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, exact_match)
+        refuse_flash(backbone.attention)
         self.gist_config = gist or GistConfig()
         self.queries = queries or QueryConfig()
         self.loss = loss or LossConfig()

@@ -72,6 +72,7 @@ def test_printed_config_is_the_same_config(tmp_path: Path) -> None:
         ("--model.init_args.train=everything", "train"),
         ("--model.class_path=modules.trained.NoSuchEditor", "NoSuchEditor"),
         ("--model.init_args.gist.match_layer=2", "match_layer"),
+        ("--model.init_args.backbone.attention=flash_attention_2", "set backbone.attention to sdpa"),
         ("--data.init_args.records_per_batch=0", "records_per_batch"),
         ("--trainer.max_stepz=3", "max_stepz"),
     ],

@@ -246,6 +246,14 @@ def test_eager_attention_carries_gists_too(tiny: Callable[..., Backbone], kind: 
     torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3"])
+def test_attention_without_masks_is_refused(tiny: Callable[..., Backbone], name: str) -> None:
+    backbone = tiny()
+    backbone.model.config._attn_implementation_internal = name  # the package need not be installed
+    with pytest.raises(ValueError, match=rf"backbone\.attention '{name}' takes no mask .* sdpa"):
+        GistModel(backbone, GistConfig())
+
+
 @pytest.mark.parametrize("layers", ["upper", "all"])
 def test_active_layers(tiny_gists: Callable[..., GistModel], layers: str) -> None:
     model = tiny_gists(layers=layers, selection="both", match_layer=0.9)
