@@ -41,13 +41,15 @@ def _build_gists(folder: Path, facts: dict[str, Any]) -> InComeS:
     backbone = BackboneConfig(**facts["backbone"])
     if facts["train"] != "lora":
         backbone = BackboneConfig(str(folder), backbone.dtype, backbone.attention)
-    return InComeS(
+    module = InComeS(
         backbone,
         _switches(facts["gist"]),
         train=facts["train"],
         reader=facts["reader"],
         lora=LoraOptions(**facts["lora"]),
     )
+    module.teaches = False
+    return module
 
 
 def _switches(told: dict[str, Any]) -> GistConfig:

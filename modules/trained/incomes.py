@@ -88,6 +88,7 @@ class InComeS(TrainedModule[GistModel]):
         self.seed = seed
         self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
         self._outside: dict[str, Any] = {}  # what must be neither trained, sharded nor saved: the teacher
+        self.teaches = True  # off: only to edit with, so that no teacher is copied that nobody would ask
 
     # ------------------------------------------------------------------ building
 
@@ -106,13 +107,13 @@ class InComeS(TrainedModule[GistModel]):
         backbone = load_backbone(self.backbone_config, self.tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            if self.train_part != "lora":
+            if self.train_part == "lora":  # before the gists' hooks, which must see the adapted keys
+                inject_adapter_in_model(self.adapter_config(backbone), backbone.model)
+            elif self.teaches or self.reader == "original":
                 teacher = copy.deepcopy(backbone.model)
                 if self.teacher_dtype:
                     cast(teacher, getattr(torch, self.teacher_dtype))
                 self._outside["teacher"] = teacher
-            else:  # before the gists' hooks, which must see the adapted keys
-                inject_adapter_in_model(self.adapter_config(backbone), backbone.model)
             self.model = GistModel(backbone, self.gist_config, self._original_reader(backbone))
             self._unfreeze(self.model)
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

@@ -1,8 +1,10 @@
 """An exported editor answers as the trained one did, and is read by transformers and peft alone."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +93,23 @@ def test_export_and_back(
     # nothing in it runs code when it is read
     endings = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert endings <= {".json", ".safetensors", ".txt", ".jinja", ".md"}
+
+
+@pytest.mark.parametrize(("train", "reader"), [("full", "student"), ("upper", "student"), ("upper", "original")])
+def test_no_model_is_copied_for_a_teacher_that_nobody_asks(
+    trained: Callable[..., InComeS], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, reader: str
+) -> None:
+    """The original that reads is the one copy there has to be."""
+    export(trained(train=train, reader=reader), tmp_path / "out")
+    copied: list[Any] = []
+
+    def deepcopy(model: Any) -> Any:
+        copied.append(model)
+        return copy.deepcopy(model)
+
+    monkeypatch.setattr("modules.trained.incomes.copy", SimpleNamespace(deepcopy=deepcopy))
+    load_editor(tmp_path / "out")
+    assert len(copied) == (reader == "original")
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gpt_neox", "gptj"])
