@@ -160,6 +160,10 @@ class Backbone:
     def device(self) -> torch.device:
         return self.model.device
 
+    def decode(self, **inputs: Any) -> Any:
+        """A pass of the decoder, without the head: transformers' output."""
+        return self.model.base_model(**inputs)  # type: ignore[operator]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What the head makes of last hidden states [..., d]: [..., V]."""
         return self.model.get_output_embeddings()(hidden)  # type: ignore[misc]
@@ -171,6 +175,18 @@ class Backbone:
 
 class WithoutAdapters(Backbone):
     """The same model with its adapters off: the original, at no cost of memory."""
+
+    def decode(self, **inputs: Any) -> Any:
+        with adapters_off(self.model):
+            return super().decode(**inputs)
+
+
+def only_adapters(model: nn.Module) -> None:
+    """Train a model's adapters and nothing else, in 32 bits: peft makes them in the model's precision."""
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if p.requires_grad:
+            p.data = p.data.float()
 
 
 @contextmanager

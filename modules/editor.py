@@ -11,7 +11,7 @@ B rows, T tokens, d hidden width, n target tokens, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from datamodules.records import EditRequest
 from datamodules.tokens import Encoded, encode, pad, pad_id
-from modules.backbone import Backbone, WithoutAdapters, adapters_off
+from modules.backbone import Backbone
 from modules.interventions import LowRank
 
 
@@ -68,9 +68,7 @@ class Edited:
         Returns:
             transformers' decoder output (last_hidden_state [B, T, d]), and the state to hand in with the next tokens.
         """
-        decoder = self.backbone.model.base_model
-        with adapters_off(decoder) if isinstance(self.backbone, WithoutAdapters) else nullcontext():
-            return decoder(input_ids=ids, attention_mask=mask, **options), None
+        return self.backbone.decode(input_ids=ids, attention_mask=mask, **options), None
 
     def edit(self, requests: Sequence[EditRequest]) -> "AbstractContextManager[Edited]":
         """Consecutive editing, on top of what is already edited."""

@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from modules.backbone import Backbone
+from modules.backbone import Backbone, only_adapters
 from modules.distill.start import joined, moved, placed
 from modules.interventions import LowRank, low_rank
 
@@ -65,10 +65,7 @@ class Student(nn.Module):
                 f"model.adapters.targets {adapters.targets}: {error}. A layer of this model has {', '.join(within)}"
             ) from error
         self.language_model = backbone.model
-        for name, p in self.language_model.named_parameters():
-            p.requires_grad_("lora_" in name)
-            if p.requires_grad:
-                p.data = p.data.float()  # peft makes them in the model's precision
+        only_adapters(self.language_model)
         self.start = dict(start)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 B rows, T tokens, N edits, d hidden width.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.backbone import Backbone, WithoutAdapters, adapters_off
+from modules.backbone import Backbone
 from modules.gist.attention import GistCall, install
 from modules.gist.matcher import GistMatcher
 from modules.gist.pool import GistPool
@@ -105,7 +104,7 @@ class GistModel(nn.Module):
         embeds = torch.where(at[..., None], self.gist_embedding.to(embeds), embeds)
         mask = F.pad(mask, (0, 1)).masked_fill(at, 1)
         call = self._call(mask, write_at=lengths)
-        self._run(self.backbone, call, inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        self.backbone.decode(inputs_embeds=embeds, attention_mask=mask, use_cache=False, gist=call)
         return GistPool(call.written, call.address)
 
     def forward(
@@ -130,7 +129,7 @@ class GistModel(nn.Module):
         """
         options.setdefault("use_cache", False)
         if pool is None or not len(pool):
-            return self._run(self.reader, None, input_ids=ids, attention_mask=mask, **options), None
+            return self.reader.decode(input_ids=ids, attention_mask=mask, **options), None
         cold = self.training or len(pool) + 1 <= 10
         call = self._call(
             mask[:, -ids.shape[1] :],
@@ -140,7 +139,7 @@ class GistModel(nn.Module):
             carried=carried,
             temperature=1.0 if cold else self.config.temperature,
         )
-        out = self._run(self.reader, call, input_ids=ids, attention_mask=mask, **options)
+        out = self.reader.decode(input_ids=ids, attention_mask=mask, gist=call, **options)
         return out, call.carried
 
     def _call(self, mask: Tensor, **options: Any) -> GistCall:
@@ -153,9 +152,3 @@ class GistModel(nn.Module):
             keys_before_rope=self.config.keys == "before_rope",
             **options,
         )
-
-    @staticmethod
-    def _run(backbone: Backbone, call: GistCall | None, **inputs: Any) -> Any:
-        decoder = backbone.model.base_model
-        with adapters_off(decoder) if isinstance(backbone, WithoutAdapters) else nullcontext():
-            return decoder(**inputs, **({} if call is None else {"gist": call}))

@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from datamodules.tokens import adds_bos
-from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, cast, load_backbone
+from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, adapters_off, cast, load_backbone, only_adapters
 from modules.gist.attention import refuse_flash
 from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
@@ -158,10 +158,7 @@ class InComeS(TrainedModule[GistModel]):
             if self.reader == "student":  # compression never reaches the last norm
                 language_model.get_submodule(model.backbone.parts.norm).requires_grad_(True)
         else:
-            for name, p in language_model.named_parameters():
-                p.requires_grad_("lora_" in name)
-                if p.requires_grad:
-                    p.data = p.data.float()  # peft makes them in the model's precision
+            only_adapters(language_model)
 
     @property
     def teacher(self) -> nn.Module:

@@ -15,11 +15,13 @@ from modules.backbone import (
     PARTS,
     Backbone,
     BackboneConfig,
+    WithoutAdapters,
     _apply_liger,
     adapters_off,
     cast,
     load_backbone,
     load_tokenizer,
+    only_adapters,
 )
 
 
@@ -151,6 +153,26 @@ def test_remote_code_is_never_asked_for_by_itself(tiny: Callable[..., Backbone],
     load_backbone(BackboneConfig(str(tmp_path)))
     load_backbone(BackboneConfig(str(tmp_path), trust_remote_code=True))
     assert asked == [False, True]
+
+
+def test_a_backbone_without_adapters_decodes_as_the_original(tiny: Callable[..., Backbone]) -> None:
+    adapted = tiny()
+    original = WithoutAdapters(adapted.model, adapted.tokenizer, adapted.config)
+    ids = torch.arange(10)[None]
+    before = adapted.decode(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(adapted.logits(before), adapted.model(ids).logits)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), adapted.model)
+    assert not torch.equal(adapted.decode(input_ids=ids).last_hidden_state, before)
+    assert torch.equal(original.decode(input_ids=ids).last_hidden_state, before)
+    assert not torch.equal(adapted.decode(input_ids=ids).last_hidden_state, before)
+
+
+def test_adapters_alone_are_trained_in_32_bits(tiny: Callable[..., Backbone]) -> None:
+    model = tiny().model.to(torch.bfloat16).requires_grad_(True)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["k_proj"]), model)
+    only_adapters(model)
+    kinds = {("lora_" in n, p.requires_grad, p.dtype) for n, p in model.named_parameters()}
+    assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
 
 
 def test_adapters_off_gives_the_original_and_keeps_gradients(tiny: Callable[..., Backbone]) -> None:
