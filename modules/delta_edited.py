@@ -7,6 +7,7 @@ taken out again.
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.interventions import Deltas, LowRank, low_rank, merge
 from modules.saved_edits import in_force, kept_without, read_edits, write_edits
+from modules.summed import Summed
 
 MEMORY = "memory."  # before the names of remembered tensors in a file
 
@@ -42,11 +44,27 @@ class DeltaEdited(Edited):
     ) -> None:
         super().__init__(backbone)
         self.requests = tuple(requests)
-        self.deltas = dict(deltas or {})
         self.memory = dict(memory or {})
-        with torch.inference_mode(False):  # the gradient of a further edit goes through these terms
-            one = torch.zeros(len(self.requests), dtype=torch.long, device=backbone.device)
-            self.terms = {name: d.term(1, one).compact() for name, d in self.deltas.items()}
+        # each after so many edits
+        self._parts: list[tuple[int, Mapping[str, Deltas]]] = [(0, deltas)] if deltas else []
+
+    @property
+    def deltas(self) -> Mapping[str, Deltas]:
+        """What the edits add to each layer, by the layer's name; edit i is requests[i]."""
+        if [count for count, _ in self._parts] != [0]:  # put together when asked for: adding must not copy all there is
+            joined: dict[str, list[Deltas]] = {}
+            for count, part in self._parts:
+                for name, d in part.items():
+                    joined.setdefault(name, []).append(d._replace(edit=d.edit + count))
+            deltas = {name: Deltas(*map(torch.cat, zip(*of, strict=True))) for name, of in joined.items()}
+            self._parts = [(0, deltas)]
+        return self._parts[0][1]
+
+    @cached_property
+    def terms(self) -> dict[str, Summed]:
+        """The sum of the edits, by the linear layer's name."""
+        with torch.inference_mode(False):  # the gradient of a further edit goes through it
+            return {name: Summed.of(d) for name, d in self.deltas.items()}
 
     @property
     def method(self) -> str:
@@ -91,18 +109,19 @@ class DeltaEdited(Edited):
         """See `edit`."""
         known = {r.statement for r in in_force(self.requests)}
         new = [r for r in {r.statement: r for r in requests}.values() if r.statement not in known]
-        if not new:
-            return self.like(self.requests, self.deltas, self.memory)
-        return self.joined(new, *self.further(new))
+        return self.joined(new, *(self.further(new) if new else ({}, {})))
 
     def joined(
         self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]
     ) -> Self:
         """The same with these edits after its own."""
-        count = len(self.requests)
-        deltas = {n: self.deltas[n].then(d, count) if n in self.deltas else d for n, d in deltas.items()}
         memory = {n: torch.cat([self.memory[n], m]) if n in self.memory else m for n, m in memory.items()}
-        return self.like([*self.requests, *requests], self.deltas | deltas, self.memory | memory)
+        made = self.like([*self.requests, *requests], {}, self.memory | memory)
+        made._parts = [*self._parts, *([(len(self.requests), deltas)] if deltas else [])]
+        with torch.inference_mode(False):  # see `terms`
+            sums = {n: self.terms[n].then(d) if n in self.terms else Summed.of(d) for n, d in deltas.items()}
+        made.terms = self.terms | sums
+        return made
 
     def remove(self, requests: Sequence[EditRequest]) -> Self:
         """The same without these edits. What later edits found at the model that had them stays as it was found.
@@ -116,14 +135,13 @@ class DeltaEdited(Edited):
         memory = {name: m[kept.to(m.device)] for name, m in self.memory.items()}
         return self.like([self.requests[i] for i in rows], deltas, memory)
 
-    def weight_changes(self) -> Mapping[str, LowRank]:
-        """What all edits so far add to each weight, by the linear layer's name: a term of one row."""
-        return self.terms
+    def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
+        return {name: term.change() for name, term in self.terms.items()}
 
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
         model = copy.deepcopy(self.backbone.model)
-        merge(model, self.terms)
+        merge(model, self.weight_changes())
         return model
 
     def save(self, folder: Path) -> None:

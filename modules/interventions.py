@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
+Term = Callable[[Tensor], Tensor]  # a linear layer's input -> what is added to its output: a `LowRank`, or the like
 
 
 def linear(model: nn.Module, name: str) -> nn.Module:
@@ -172,13 +173,13 @@ def hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def low_rank(model: nn.Module, terms: Mapping[str, LowRank]) -> Iterator[None]:
+def low_rank(model: nn.Module, terms: Mapping[str, Term]) -> Iterator[None]:
     """Add terms to the outputs of linear layers, by name, for the length of a `with`.
 
     The sum is rounded once, to the precision of the layer's output.
     """
 
-    def adding(term: LowRank) -> Hook:
+    def adding(term: Term) -> Hook:
         # the layer's own output goes into the sum: ZeRO-3 brings weights back for the backward pass by what hangs on it
         return lambda _, inputs, output: (output + term(inputs[0])).to(output.dtype)
 
@@ -234,17 +235,18 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, terms: Mapping[str, LowRank]) -> None:
-    """Fold terms of one row into the weights. There is no way back: give it a copy.
+def merge(model: nn.Module, terms: Mapping[str, LowRank | Tensor]) -> None:
+    """Fold changes into the weights: terms of one row, or matrices [d_in, d_out]. There is no way back: give it a copy.
 
     Raises:
         ValueError: for a term of several rows, which no one weight can stand for, before anything is changed.
     """
     layers = {name: linear(model, name) for name in terms}
-    several = [name for name, term in terms.items() if len(term.a) != 1]
-    if several:
-        raise ValueError(f"the term of {several[0]!r} has {len(terms[several[0]].a)} rows; add them up before merging")
+    for name, term in terms.items():
+        if isinstance(term, LowRank) and len(term.a) != 1:
+            raise ValueError(f"the term of {name!r} has {len(term.a)} rows; add them up before merging")
     for name, layer in layers.items():
-        change = terms[name].weight()[0]  # [d_in, d_out]
+        term = terms[name]
+        change = term.weight()[0] if isinstance(term, LowRank) else term  # [d_in, d_out]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         weight.copy_(weight + (change.T if isinstance(layer, nn.Linear) else change).to(weight.device))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.backbone import Backbone
-from modules.interventions import LowRank, hooked
+from modules.interventions import Term, hooked
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Gate:
         alpha: tokens with this z-score or a higher one pass.
     """
 
-    def __init__(self, term: LowRank, alpha: float, scope: Scope) -> None:
+    def __init__(self, term: Term, alpha: float, scope: Scope) -> None:
         self.term, self.alpha, self.scope = term, alpha, scope
         self.count = self.total = self.squares = torch.zeros(())  # of each row's tokens so far
         self.seen = torch.zeros(())

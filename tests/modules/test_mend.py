@@ -14,13 +14,14 @@ from torch import Tensor
 
 from datamodules.records import EditRecord, EditRequest
 from datamodules.schedule import Slot
+from modules import summed
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited
 from modules.gradients import Factors
 from modules.hypernetwork.batch import EditBatch, EditQueries
 from modules.hypernetwork.editor import DeltaEdited
 from modules.hypernetwork.module import EditedLayers, EditLoss, HyperOptimizer
-from modules.interventions import linear, merge
+from modules.interventions import Deltas, linear, merge
 from modules.trained.mend import MEND, MendConfig, MendNetwork
 
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
@@ -387,12 +388,60 @@ def test_many_edits_at_once_are_the_sum_of_each(build: Callable[..., MEND], reco
     model = copy.deepcopy(backbone.model)
     for request in requests:
         with module.editor().edit(backbone, [request]) as one:
-            merge(model, one.terms)
+            merge(model, one.weight_changes())
     with module.editor().edit(backbone, requests) as edited:
         assert max(d.a.shape[0] for d in edited.deltas.values()) > 300
-        assert all(t.a.shape[1] <= 32 for t in edited.terms.values())
+        assert all(t.whole is not None and len(t.a) <= 48 * 32 / (48 + 32) for t in edited.terms.values())
         written = Edited(Backbone(model, backbone.tokenizer, backbone.config))
         torch.testing.assert_close(scores(edited), scores(written), rtol=1e-3, atol=2e-3)
+
+
+def test_an_edit_costs_the_same_however_many_there_are(
+    build: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One by one: no sum is made anew, and it is that of the same edits at once, bit by bit."""
+    module = build(mend=MendConfig(rank=8, edit_lr=5e-4))
+    requests = [EditRequest(f"Town {i} is in", f"Land {i % 5}") for i in range(12)]
+    product, tokens = summed._product, 0
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        nonlocal tokens
+        tokens += len(a)
+        return product(a, b)
+
+    monkeypatch.setattr(summed, "_product", counted)
+    with module.editor().edit(module.deltas.backbone, []) as edited:
+        for i, request in enumerate(requests):
+            was, tokens = len(edited.requests), 0
+            with monkeypatch.context() as m:
+                m.setattr(DeltaEdited, "deltas", property(lambda _: pytest.fail("earlier edits are looked at")))
+                edited = edited.add([request, requests[0]])
+            assert len(edited.requests) == was + 1 == i + 1
+            # of each matrix what was still in factors, at most, and the edit itself
+            assert tokens <= len(edited.terms) * (48 * 32 // (48 + 32) + 20)
+        assert all(t.whole is not None for t in edited.terms.values())
+        edited.save(tmp_path)
+        whole = DeltaEdited.load(module.deltas, tmp_path)
+        few = DeltaEdited(module.deltas, module.deltas.backbone).joined(requests[:7], *_part(edited, 0, 7))
+        for other in (whole, few.joined(requests[7:], *_part(edited, 7, 12)), edited.add(requests)):
+            assert other.requests == tuple(requests)
+            for name, term in edited.terms.items():
+                assert torch.equal(other.terms[name].weight(), term.weight())
+                at_once = edited.deltas[name].term(1, torch.zeros(12).long()).weight()
+                torch.testing.assert_close(term.weight(), at_once, rtol=1e-5, atol=1e-5)
+        less = edited.remove(requests[3:11])
+        kept = [torch.tensor([0, 1, 2, 11])]
+        for name, term in less.terms.items():
+            wanted = edited.deltas[name].keep(*kept).term(1, torch.zeros(4).long()).weight()
+            torch.testing.assert_close(term.weight(), wanted, rtol=1e-5, atol=1e-5)
+        # an edit that a later one overruled is made again
+        other = EditRequest(requests[0].prompt, "Peru")
+        again = edited.add([other]).add([requests[0]])
+        assert again.requests == (*requests, other, requests[0])
+
+
+def _part(edited: DeltaEdited, first: int, end: int) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
+    return {name: d.keep(torch.arange(first, end)) for name, d in edited.deltas.items()}, {}
 
 
 def test_what_cannot_be_edited_is_refused(build: Callable[..., MEND], tiny_config) -> None:
