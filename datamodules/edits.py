@@ -120,6 +120,12 @@ class EditDataModule(L.LightningDataModule):
         self._recipe_then: dict[str, int] = {}  # that of the checkpoint
         self._warn_of_ignored()
 
+    @property
+    def largest_pool(self) -> int:
+        """The most records that a training pool has."""
+        drawn = [size for size, rate in zip(self.pool_sizes, self.pool_rates, strict=True) if rate]
+        return min(max(drawn), self.records_per_batch)
+
     def check(self, ranks: int) -> None:
         """Refuse what can be known to be wrong for so many ranks before any of them is started.
 

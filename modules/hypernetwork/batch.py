@@ -71,7 +71,8 @@ class EditQueries:
             those that the model does not know.
         locality: queries of each record that its edit must leave alone.
         locality_from: `record`: its own locality queries, where it has any; `others`: the edits of other pools of the
-            micro-batch, which are as likely as its own to be edited (published with MEND).
+            micro-batch, which are as likely as its own to be edited (published with MEND). Where there are none, the
+            other is taken.
         max_edit_tokens, max_query_tokens: records with longer ones are left out of training.
     """
 
@@ -193,13 +194,12 @@ class EditCollator:
     def _unchanged(self, draw: random.Random, slot: Slot, slots: Sequence[Slot], subjects: set[str]) -> Query | None:
         """A query that speaks of no subject of the pool, as far as subjects are known."""
         own = _subjects(slot.record)
-        near = [q for qs in slot.record.locality.values() for q in qs] if self.config.locality_from == "record" else []
+        near = [q for qs in slot.record.locality.values() for q in qs]
         near = [q for q in near if not any(s in q.prompt for s in subjects - own)]
-        if near:
-            return draw.choice(near)
-        others = [r for s in slots if s.pool != slot.pool for r in s.record.requests if r.target]
-        others = [r for r in others if not any(s in r.prompt for s in subjects)]
-        return Query((other := draw.choice(others)).prompt, (other.target,)) if others else None
+        edits = [r for s in slots if s.pool != slot.pool for r in s.record.requests if r.target]
+        others = [Query(r.prompt, (r.target,)) for r in edits if not any(s in r.prompt for s in subjects)]
+        options = (near or others) if self.config.locality_from == "record" else (others or near)
+        return draw.choice(options) if options else None
 
     def _tensors(
         self,

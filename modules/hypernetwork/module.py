@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.records import EditRecord
@@ -223,12 +223,22 @@ class GradientEditor(TrainedModule[DeltaModel]):
         self.hold(model, keep_dtype=True)
         self.register_external(head_of(model))
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        self._warn_of_no_others(datamodule)
         if self.trainer.ckpt_path is None and hasattr(datamodule, "calibration_records"):
             rank_zero_info(f"statistics of the gradients of {self.calibration_records} training records ...")
             records = datamodule.calibration_records(self.calibration_records)
             gathered = getattr(self.trainer.strategy, "gathered", nullcontext)
             with gathered(), self.trainer.precision_plugin.forward_context():
                 self.calibrate(records)
+
+    def _warn_of_no_others(self, datamodule: Any) -> None:
+        largest = getattr(datamodule, "largest_pool", 0)
+        if self.queries.locality_from == "others" and self.queries.locality and largest >= datamodule.records_per_batch:
+            rank_zero_warn(
+                f"queries.locality_from others: a micro-batch of one pool (pool_sizes up to {largest}, "
+                f"records_per_batch {datamodule.records_per_batch}) has no others, and its records are asked their own "
+                "locality queries; raise records_per_batch"
+            )
 
     def calibrate(self, records: Sequence[EditRecord]) -> None:
         """Let the statistics of factors begin with these records, the same on every rank."""

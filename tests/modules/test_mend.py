@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,7 +230,7 @@ def test_splitting_a_batch_changes_nothing(build: Callable[..., MEND], records: 
 
 def test_without_a_query_to_leave_alone_locality_is_zero(build: Callable[..., MEND], records: list[EditRecord]) -> None:
     module = build(queries=EditQueries(locality_from="others"))
-    batch = batch_of(module, records[:1])
+    batch = batch_of(module, [replace(records[0], locality={})])
     assert batch.in_scope.all()
     parts = module.losses(batch)
     assert parts["locality"] == 0

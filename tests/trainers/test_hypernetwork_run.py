@@ -5,6 +5,7 @@ A change that is meant to move a curve: PALIMPSEST_UPDATE_GOLDEN=1 pytest tests/
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def test_golden_curve(tmp_path: Path, config: str) -> None:
     if os.environ.get("PALIMPSEST_UPDATE_GOLDEN"):
         file.write_text(json.dumps({"train/loss": losses}, indent=1) + "\n", encoding="utf-8")
     assert losses == pytest.approx(json.loads(file.read_text(encoding="utf-8"))["train/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("largest", [15, 16])
+def test_micro_batches_of_one_pool_without_others_are_told(tmp_path: Path, largest: int) -> None:
+    more = [f"--data.init_args.pool_sizes=[{largest}]", "--model.init_args.queries.locality_from=others"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(tmp_path, 1, None, *more, "--trainer.callbacks=[]", "--checkpoint.monitor=null")
+    told = [str(w.message) for w in caught if "queries.locality_from others" in str(w.message)]
+    assert len(told) == (largest == 16)
+    assert all("pool_sizes up to 16, records_per_batch 16" in line for line in told)
 
 
 def test_training_stops_early_and_keeps_the_best(tmp_path: Path) -> None:

@@ -57,8 +57,16 @@ def test_others_edits_as_locality(records: list[EditRecord]) -> None:
     asked = texts(batch.queries, batch.queries_mask)[1::2]
     edits = texts(batch.edits, batch.edits_mask)
     assert all(text in edits and text != edits[i] for i, text in enumerate(asked))
-    alone = collate(records[:1], locality_from="others")
-    assert alone.in_scope.tolist() == [True]
+
+
+@pytest.mark.parametrize("pools", [[0], [3, 3, 3, 3]])
+def test_a_single_pool_has_no_others_and_is_asked_its_own(records: list[EditRecord], pools: list[int]) -> None:
+    batch = collate(records[: len(pools)], pools, locality_from="others")
+    assert batch.in_scope.tolist() == [True, False] * len(pools)
+    asked = texts(batch.queries, batch.queries_mask)[1::2]
+    assert asked == [f"Village {s} is in Peru" for s in "ABCD"[: len(pools)]]
+    without = EditRecord("w", records[0].requests, records[0].rephrases)
+    assert collate([without], locality_from="others").in_scope.tolist() == [True]
 
 
 def test_pools_and_repeated_edits(records: list[EditRecord]) -> None:
