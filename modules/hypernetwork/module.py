@@ -26,7 +26,8 @@ from modules.gradients import answer_loss, gradient_factors
 from modules.hypernetwork.batch import EditBatch, EditCollator, EditQueries
 from modules.hypernetwork.editor import DeltaEditor, DeltaModel
 from modules.hypernetwork.network import Hypernetwork
-from modules.interventions import checkpointed, low_rank, shape
+from modules.hypernetwork.pooled import Pooled
+from modules.interventions import Deltas, Term, checkpointed, low_rank, shape
 from modules.losses import head_of, mean_per_row, token_kl
 from modules.trained_module import TrainedModule, WarmUp
 
@@ -276,8 +277,7 @@ class GradientEditor(TrainedModule[DeltaModel]):
         if training:
             network.observe(factors)
         deltas, penalties = network(factors, batch.edit_seed if training else None)
-        terms = {name: d.term(batch.pools, batch.edit_pool)[batch.query_pool] for name, d in deltas.items()}
-        with low_rank(backbone.model, terms):
+        with low_rank(backbone.model, self._terms(batch, deltas)):
             hidden = self._states(batch.queries, batch.queries_mask)  # [B, T, d]
         inside = batch.in_scope
         nll = answer_loss(backbone, hidden[inside], batch.queries[inside], batch.queries_answer[inside], config.chunk)
@@ -291,6 +291,13 @@ class GradientEditor(TrainedModule[DeltaModel]):
         share = self._share(batch)
         parts |= {name: (of_edits * share).sum() for name, of_edits in penalties.items()}
         return {"loss": loss + sum(parts[name] for name in penalties), **parts}
+
+    def _terms(self, batch: EditBatch, deltas: Mapping[str, Deltas]) -> dict[str, Term]:
+        """What is added to each layer's output at the rows of all queries."""
+        terms = {name: d.term(batch.pools, batch.edit_pool) for name, d in deltas.items()}
+        if batch.pools == len(batch):  # of one record each: its factors are few
+            return {name: term[batch.query_pool] for name, term in terms.items()}
+        return {name: Pooled(term, batch.query_pool) for name, term in terms.items()}
 
     def _share(self, batch: EditBatch) -> Tensor:
         """How much each edit counts [N]: a record's share, divided among the edits of its pool."""

@@ -22,7 +22,8 @@ from modules.gradients import Factors
 from modules.hypernetwork.batch import EditBatch, EditQueries
 from modules.hypernetwork.editor import DeltaEdited
 from modules.hypernetwork.module import EditedLayers, EditLoss, HyperOptimizer
-from modules.interventions import Deltas, linear, merge
+from modules.hypernetwork.pooled import Pooled
+from modules.interventions import Deltas, LowRank, linear, merge
 from modules.trained.mend import MEND, MendConfig, MendNetwork
 
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
@@ -253,6 +254,27 @@ def test_a_pool_of_edits_is_their_sum(build: Callable[..., MEND], records: list[
                 logp = module.deltas.backbone.logits(hidden[0, :-1]).log_softmax(-1)
                 singles.append(F.nll_loss(logp[answer[1:]], ids[1:][answer[1:]]))
     torch.testing.assert_close(found, torch.stack(singles).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pools", [[0, 0, 0, 0], [7, 2, 7, 7]])
+def test_queries_of_a_pool_share_its_term(
+    build: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch, pools: list[int]
+) -> None:
+    """The same losses and gradients as where each query has a copy, which none has."""
+    module = build(queries=EditQueries(generality=2))
+    for m in (module, module.deltas.backbone.model):
+        m.double()
+    batch = batch_of(module, [replace(records[0], locality={}), *records[1:]], pools)
+    found = module.losses(batch)
+    gathered = gradients(module, found["loss"])
+    with monkeypatch.context() as m:
+        m.setattr(Pooled, "__call__", lambda self, x: self.term[self.pool](x))
+        expected = module.losses(batch)
+        wanted = gradients(module, expected["loss"])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gathered, wanted)
+    monkeypatch.setattr(LowRank, "__getitem__", lambda *_: pytest.fail("a copy for each query"))
+    module.losses(batch)
 
 
 def test_statistics_are_taken_in_at_the_end_of_an_optimizer_step(
