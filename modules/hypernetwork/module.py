@@ -22,6 +22,7 @@ from torch import Tensor
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from modules.backbone import Backbone, BackboneConfig, Parts, load_backbone
+from modules.from_layer import Entering, entering, from_layer
 from modules.gradients import answer_loss, gradient_factors
 from modules.hypernetwork.batch import EditBatch, EditCollator, EditQueries
 from modules.hypernetwork.editor import DeltaEditor, DeltaModel
@@ -277,7 +278,7 @@ class GradientEditor(TrainedModule[DeltaModel]):
         if training:
             network.observe(factors)
         deltas, penalties = network(factors, batch.edit_seed if training else None)
-        with low_rank(backbone.model, self._terms(batch, deltas)):
+        with low_rank(backbone.model, self._terms(batch, deltas)), entering(backbone.layers[self._lowest]) as below:
             hidden = self._states(batch.queries, batch.queries_mask)  # [B, T, d]
         inside = batch.in_scope
         nll = answer_loss(backbone, hidden[inside], batch.queries[inside], batch.queries_answer[inside], config.chunk)
@@ -285,7 +286,7 @@ class GradientEditor(TrainedModule[DeltaModel]):
         parts = {"edit": nll.sum() / (records * self.queries.generality)}
         loss = config.edit_weight * parts["edit"]
         if self.queries.locality:
-            kl = self._locality(batch, hidden[~inside])
+            kl = self._locality(batch, hidden[~inside], below[0])
             parts["locality"] = kl.sum() / (records * self.queries.locality)
             loss = loss + config.locality_weight * parts["locality"]
         share = self._share(batch)
@@ -315,15 +316,24 @@ class GradientEditor(TrainedModule[DeltaModel]):
         decoder = self.deltas.backbone.model.base_model
         return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def _locality(self, batch: EditBatch, hidden: Tensor) -> Tensor:
-        """Mean divergence of the edited from the unedited model over each out-of-scope query's tokens [queries]."""
-        config, outside = self.loss, ~batch.in_scope
-        ids, mask = batch.queries[outside], batch.queries_mask[outside]
-        answer, share = batch.queries_answer[outside], 1.0
-        if not len(ids):  # a pass all the same: with weights in shards every rank must make as many
-            ids, mask, answer, share = batch.queries[:1], batch.queries_mask[:1], batch.queries_answer[:1], 0.0
+    @property
+    def _lowest(self) -> int:
+        """The lowest edited layer: what comes into it no edit changes."""
+        return min(i % len(self.deltas.backbone.layers) for i in self.layers.layers)
+
+    def _locality(self, batch: EditBatch, hidden: Tensor, below: Entering) -> Tensor:
+        """Mean divergence of the edited from the unedited model over each out-of-scope query's tokens [queries].
+
+        Args:
+            below: what came into the lowest edited layer, of all queries.
+        """
+        config, outside, share = self.loss, ~batch.in_scope, 1.0
+        if not outside.any():  # a pass all the same: with weights in shards every rank must make as many
+            outside, share = torch.arange(len(outside), device=outside.device) < 1, 0.0
             hidden = hidden.new_zeros(1, *hidden.shape[1:])
-        with torch.no_grad():
+        ids, mask, answer = batch.queries[outside], batch.queries_mask[outside], batch.queries_answer[outside]
+        layers = self.deltas.backbone.layers
+        with torch.no_grad(), from_layer(layers, self._lowest, lambda: below.hidden[outside], below.tupled):
             unedited = self._states(ids, mask)
         wanted = answer if config.locality_on == "answer" else mask.bool()
         row, at = wanted[:, 1:].nonzero(as_tuple=True)  # the token at i + 1 is predicted at i

@@ -7,17 +7,17 @@ takes their keys, values and states from there and runs the layers above over th
 R rows, S tokens from that one on (`Row.subject`), P tokens before it, d hidden width, E edits, n predicted tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from datamodules.tokens import pad, pad_id
 from modules.backbone import Backbone
+from modules.from_layer import from_layer
 from modules.losses import Head, head_of, mean_per_row, token_cross_entropy, token_kl
 from modules.training_free.subject import Row
 
@@ -79,7 +79,7 @@ class Prepared:
         cache = DynamicCache(config=backbone.model.config)
         for i, (keys, values) in enumerate(self.cached):  # i is the layer
             cache.update(keys, values, i)  # of layers below only the length is asked for
-        with _from_layer(backbone, self.start, lambda: adding(self.hidden), self.tupled):
+        with from_layer(backbone.layers, self.start, lambda: adding(self.hidden), self.tupled):
             out = backbone.model.base_model(
                 input_ids=self.ids,
                 attention_mask=self.mask,
@@ -201,43 +201,3 @@ def _columns(picked: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[in
 def _target_losses(hidden: Tensor, head: Head, rows: Prepared) -> Tensor:
     loss = token_cross_entropy(hidden[rows.row, rows.at], head, rows.label)
     return mean_per_row(loss, rows.row, len(hidden))  # [R]
-
-
-@contextmanager
-def _from_layer(backbone: Backbone, start: int, hidden: Callable[[], Tensor], tupled: bool) -> Iterator[None]:
-    """Layers below `start` compute nothing; the last of them hands on `hidden()`."""
-    if start == 0:
-        handle = backbone.layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: _with_input(args, kwargs, hidden()), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
-        return
-
-    def hand_on(last: bool) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = hidden() if last else args[0] if args else kwargs["hidden_states"]
-            return (given, None) if tupled else given
-
-        return forward
-
-    below: list[nn.Module] = backbone.layers[:start]
-    own = [vars(layer).get("forward") for layer in below]
-    try:
-        for i, layer in enumerate(below):
-            layer.forward = hand_on(i == start - 1)
-        yield
-    finally:
-        for layer, forward in zip(below, own, strict=True):
-            if forward is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = forward
-
-
-def _with_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -239,6 +239,36 @@ def test_without_a_query_to_leave_alone_locality_is_zero(build: Callable[..., ME
     assert all(g.isfinite().all() for g in gradients(module, parts["loss"]).values())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gptj"])
+@pytest.mark.parametrize("again", [False, True])
+def test_layers_below_the_edited_ones_run_once_for_locality(
+    build: Callable[..., MEND], records: list[EditRecord], kind: str, again: bool
+) -> None:
+    """And the divergence is that from the unedited model all the same."""
+    module = build(kind, layers=EditedLayers([-1, 2]), gradient_checkpointing=again)
+    backbone, batch = module.deltas.backbone, batch_of(module, records)
+    ran = [0] * 4
+    handles = [
+        backbone.attention(i).register_forward_hook(lambda *_, i=i: ran.__setitem__(i, ran[i] + 1)) for i in range(4)
+    ]
+    with torch.no_grad():
+        found = module.losses(batch, training=True)["locality"]
+    upper = 3 + again  # the edits' gradient runs these once more
+    assert ran == [2, 2, upper, upper]  # edits; queries; the unedited model's queries, from layer 2 on
+    for handle in handles:
+        handle.remove()
+    assert not any("forward" in vars(layer) or layer._forward_hooks for layer in backbone.layers)
+    divergences = []
+    for record, row in zip(records, (~batch.in_scope).nonzero()[:, 0], strict=True):
+        length = int(batch.queries_mask[row].sum())
+        ids = batch.queries[row, :length][None]
+        with module.editor().edit(backbone, [record.request]) as edited, torch.no_grad():
+            hidden = [m.decode(ids, torch.ones_like(ids))[0].last_hidden_state for m in (Edited(backbone), edited)]
+        before, after = (backbone.logits(h[0, :-1]).log_softmax(-1) for h in hidden)
+        divergences.append(F.kl_div(after, before, reduction="none", log_target=True).sum(-1).mean())
+    torch.testing.assert_close(found, torch.stack(divergences).mean(), rtol=1e-3, atol=1e-5)
+
+
 def test_a_pool_of_edits_is_their_sum(build: Callable[..., MEND], records: list[EditRecord]) -> None:
     module = build(queries=EditQueries(locality=0))
     batch = batch_of(module, records, [0, 0, 0, 1])
