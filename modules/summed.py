@@ -51,6 +51,19 @@ class Summed:
             a, b = a[first:].clone(), b[first:].clone()
         return type(self)(a, b, whole)
 
+    def flat(self) -> Self:
+        """The same without factors beside a matrix, for a sum that stays as it is."""
+        return self if self.whole is None else type(self)(self.a[:0], self.b[:0], self.weight()[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out)."""
+        return self.a.shape[1], self.b.shape[1]
+
+    def to(self, device: torch.device) -> Self:
+        """The same sum on a device."""
+        return type(self)(*(None if t is None else t.to(device) for t in (self.a, self.b, self.whole)))  # type: ignore[arg-type]
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], in the edits' precision."""
         with torch.autocast(x.device.type, enabled=False):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from datamodules.records import EditRequest
@@ -13,6 +14,7 @@ from modules.backbone import Backbone, adapters_off
 from modules.distill.start import moved, placed
 from modules.editor import Edited, TrainedEditor
 from modules.interventions import LowRank, low_rank, merge, shape
+from modules.summed import Summed
 
 
 class Distilled(Edited):
@@ -43,14 +45,14 @@ class Distilled(Edited):
         self.editor.check(requests)
         yield Distilled(self.editor, self.backbone, list(dict.fromkeys([*self.requests, *requests])))
 
-    def weight_changes(self) -> Mapping[str, LowRank]:
-        """Start and adapters together, by the linear layer's name: a term of one row."""
-        return self.terms
+    def weight_changes(self) -> Mapping[str, LowRank | Tensor]:
+        """Start and adapters together, by the linear layer's name."""
+        return {name: t.change() for name, t in self.terms.items()}
 
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
         model = copy.deepcopy(self.backbone.model)
-        merge(model, self.terms)
+        merge(model, self.weight_changes())
         return model
 
 
@@ -66,7 +68,7 @@ class DistilledEditor(TrainedEditor):
     name = "distillmike"
     reads_pool = False  # all edits are in force, whichever are asked for
 
-    def __init__(self, backbone: Backbone, distilled: Sequence[EditRequest], terms: Mapping[str, LowRank]) -> None:
+    def __init__(self, backbone: Backbone, distilled: Sequence[EditRequest], terms: Mapping[str, Summed]) -> None:
         self.backbone = backbone
         self.distilled = tuple(distilled)
         self.terms = dict(terms)
@@ -107,7 +109,7 @@ class DistilledEditor(TrainedEditor):
             places = placed(model, self.terms)
         except AttributeError:  # a model of fewer layers
             return False
-        return all(shape(model, name) == (t.a.shape[2], t.b.shape[2]) for name, t in places.items())
+        return all(shape(model, name) == t.shape for name, t in places.items())
 
 
 def unknown_among(requests: Sequence[EditRequest], distilled: Sequence[EditRequest]) -> str:

@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from modules.backbone import Backbone
 from modules.delta_edited import MEMORY
 from modules.editor import Editor
 from modules.interventions import Deltas, LowRank, shape
+from modules.summed import Summed
 
 FILE = "deltas.safetensors"
 VERSION = 1  # of what editors make: a change makes old folders unknown
@@ -44,23 +45,24 @@ def make(start: Editor, backbone: Backbone, requests: Sequence[EditRequest], wei
     if (place / FILE).is_file():
         return place
     with start.edit(backbone, requests) as edited:
-        terms = {name: as_term(change) for name, change in edited.weight_changes().items()}
-    if not terms:
+        changes = edited.weight_changes()
+    if not changes:
         raise ValueError(
             f"model.start: the edits of {start.name} are no change of weights, so no student can start from them; take "
             "MEMIT, another editor of weights, or none"
         )
     part = place.with_name(f".{place.name}.{os.getpid()}")
-    keep(terms, requests, part)
+    keep(changes, requests, part)
     os.replace(part, place)
     return place
 
 
-def keep(terms: Mapping[str, LowRank], requests: Sequence[EditRequest], folder: Path) -> None:
-    """Write terms of one row as deltas that belong to all requests together, and the requests as text."""
+def keep(changes: Mapping[str, LowRank | Tensor], requests: Sequence[EditRequest], folder: Path) -> None:
+    """Write changes of weights as deltas that belong to all requests together, and the requests as text."""
     folder.mkdir(parents=True, exist_ok=True)
     flat = {}
-    for name, t in terms.items():
+    for name, change in changes.items():
+        t = as_term(change)
         parts = Deltas(t.a[0], t.b[0], torch.zeros(t.a.shape[1], dtype=torch.long))
         flat |= {f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in parts._asdict().items()}
     save_file(flat, folder / FILE)
@@ -68,7 +70,13 @@ def keep(terms: Mapping[str, LowRank], requests: Sequence[EditRequest], folder: 
     (folder / "edits.json").write_text(json.dumps(edits, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, backbone: Backbone) -> dict[str, LowRank]:
+def digest(folder: Path) -> str:
+    """By which the edits in a folder are known again."""
+    with (folder / FILE).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def read(folder: Path, backbone: Backbone) -> dict[str, Summed]:
     """What a student has from the beginning, by the linear layer's name, on the CPU, from a folder of edits.
 
     Raises:
@@ -89,8 +97,7 @@ def read(folder: Path, backbone: Backbone) -> dict[str, LowRank]:
         deltas = Deltas(*(flat[f"{name}.{part}"] for part in Deltas._fields))
         if (deltas.a.shape[1], deltas.b.shape[1]) != shape(backbone.model, name):
             raise ValueError(f"model.start: the edits in {folder} are of a model of another size; make them again")
-        count = int(deltas.edit.max()) + 1 if len(deltas.edit) else 0
-        terms[name] = deltas.term(1, torch.zeros(count, dtype=torch.long)).compact()
+        terms[name] = Summed.of(deltas).flat()
     if not terms:
         raise ValueError(f"model.start: {folder} holds no edits")
     return terms
@@ -105,21 +112,27 @@ def as_term(change: LowRank | Tensor) -> LowRank:
     return LowRank(one, change[None]) if d_in <= d_out else LowRank(change.T[None], one)
 
 
-def joined(first: Mapping[str, LowRank], then: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Terms of one row, those of a layer that has two as their sum."""
+def as_sum(a: Tensor, b: Tensor) -> Summed:
+    """Factors [r, d_in] and [r, d_out] as a matrix, where they are more numbers than that."""
+    return Summed.of(Deltas(a, b, torch.zeros(len(a), dtype=torch.long, device=a.device)))
+
+
+def joined(first: Mapping[str, Summed], adapters: Mapping[str, Summed]) -> dict[str, Summed]:
+    """The sums of two, layer by layer, of which the second has factors alone."""
     both = {
-        name: LowRank(torch.cat([first[name].a, then[name].a], 1), torch.cat([first[name].b, then[name].b], 1))
-        for name in first.keys() & then.keys()
+        name: Summed(torch.cat([first[name].a, t.a]), torch.cat([first[name].b, t.b]), first[name].whole)
+        for name, t in adapters.items()
+        if name in first
     }
-    return {**first, **then, **both}
+    return {**first, **adapters, **both}
 
 
-def moved(terms: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
+def moved(terms: Mapping[str, Summed], device: torch.device) -> dict[str, Summed]:
     """The same terms on a device."""
-    return {name: LowRank(t.a.to(device), t.b.to(device)) for name, t in terms.items()}
+    return {name: t.to(device) for name, t in terms.items()}
 
 
-def placed(model: nn.Module, terms: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def placed(model: nn.Module, terms: Mapping[str, Summed]) -> dict[str, Summed]:
     """Terms by the names of plain linear layers: of one that has an adapter, of the layer within."""
     return {
         f"{name}.base_layer" if isinstance(model.get_submodule(name), BaseTunerLayer) else name: term

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from modules.backbone import Backbone, only_adapters
 from modules.distill.start import joined, moved, placed
-from modules.interventions import LowRank, low_rank
+from modules.interventions import low_rank
+from modules.summed import Summed
 
 NAME = "default"  # peft's of the only adapter
 
@@ -52,7 +53,7 @@ class Student(nn.Module):
         ValueError: for targets that the model does not have.
     """
 
-    def __init__(self, backbone: Backbone, adapters: AdapterOptions, start: Mapping[str, LowRank]) -> None:
+    def __init__(self, backbone: Backbone, adapters: AdapterOptions, start: Mapping[str, Summed]) -> None:
         super().__init__()
         self.backbone = backbone
         try:
@@ -75,18 +76,18 @@ class Student(nn.Module):
         with low_rank(self.language_model, placed(self.language_model, self.start)):
             return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def adapters(self) -> dict[str, LowRank]:
-        """What the adapters add to each layer, by its name: terms of one row and rank r."""
+    def adapters(self) -> dict[str, Summed]:
+        """What the adapters add to each layer, by its name: factors of rank r."""
         layers = {n: m for n, m in self.language_model.named_modules() if isinstance(m, LoraLayer)}
         return {n: _term(m) for n, m in layers.items()}
 
-    def terms(self) -> dict[str, LowRank]:
+    def terms(self) -> dict[str, Summed]:
         """All that stands between this model and the unedited one."""
         return joined(moved(self.start, self.backbone.device), self.adapters())
 
 
-def _term(layer: LoraLayer) -> LowRank:
+def _term(layer: LoraLayer) -> Summed:
     down: Any = layer.lora_A[NAME]
     up: Any = layer.lora_B[NAME]
     a, b = down.weight.detach().float(), up.weight.detach().float()  # [r, d_in], [d_out, r]
-    return LowRank(a[None], b.T[None] * layer.scaling[NAME])
+    return Summed(a, b.T * layer.scaling[NAME])

@@ -17,9 +17,10 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.distill.editor import DistilledEditor
-from modules.distill.start import keep
+from modules.distill.start import as_sum, as_term, keep
 from modules.exported.files import Kind, load_tensors
-from modules.interventions import LowRank, shape
+from modules.interventions import shape
+from modules.summed import Summed
 from modules.trained.distillmike import DistillMIKE
 
 _ROOT = "base_model.model."  # before a layer's name, in peft's files
@@ -38,7 +39,7 @@ class _Folder:
 
 
 def _write(module: DistillMIKE, folder: Path) -> dict[str, Any]:
-    terms = {name: LowRank(t.a.cpu(), t.b.cpu()) for name, t in module.student.terms().items()}
+    terms = {name: as_term(t.to(torch.device("cpu")).change()) for name, t in module.student.terms().items()}
     config = module.adapters.peft()
     config.base_model_name_or_path = module.backbone_config.source
     config.inference_mode = True
@@ -53,7 +54,7 @@ def _write(module: DistillMIKE, folder: Path) -> dict[str, Any]:
         flat[f"{_ROOT}{name}.lora_B.weight"] = t.b[0].T.contiguous()  # [d_out, r]
     save_file(flat, folder / "adapter_model.safetensors", {"format": "pt"})
     if start := module.student.start:
-        keep(start, module.requests, folder / "start")
+        keep({name: t.change() for name, t in start.items()}, module.requests, folder / "start")
     edits = [asdict(r) for r in module.requests]
     (folder / "edits.json").write_text(json.dumps(edits, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return {"backbone": asdict(module.backbone_config), "adapters": asdict(module.adapters), "edits": len(edits)}
@@ -77,17 +78,17 @@ def _fill(read: _Folder, folder: Path) -> None:
     names = dict.fromkeys(key.removeprefix(_ROOT).partition(".lora_")[0] for key in saved)
     terms = {name: _term(saved, name, folder) for name in names}
     for name, term in terms.items():
-        if shape(read.backbone.model, name) != (term.a.shape[2], term.b.shape[2]):
+        if shape(read.backbone.model, name) != term.shape:
             raise ValueError(f"{folder}: the adapter of {name} is of a model of another size")
     read.loaded = DistilledEditor(read.backbone, requests, terms)
 
 
-def _term(saved: dict[str, Tensor], name: str, folder: Path) -> LowRank:
+def _term(saved: dict[str, Tensor], name: str, folder: Path) -> Summed:
     try:
         a, b = (saved[f"{_ROOT}{name}.lora_{part}.weight"] for part in "AB")
     except KeyError as error:
         raise ValueError(f"{folder}: adapter_model.safetensors lacks {error}; export again") from error
-    return LowRank(a[None], b.T[None].to(torch.float32))
+    return as_sum(a, b.T.to(torch.float32))
 
 
 DISTILLED = Kind(_write, _build, _fill)

@@ -30,14 +30,15 @@ from modules.checkpoint_names import misfit
 from modules.distill.editor import DistilledEditor, unknown_among
 from modules.distill.loss import kept_kl
 from modules.distill.queries import DistillBatch, DistillCollator, DistillQueries, Question, questions_of
-from modules.distill.start import make, read
+from modules.distill.start import as_sum, digest, make, moved, read
 from modules.distill.store import BLOCK, Answered, Teaching, file_of, teach
 from modules.distill.student import AdapterOptions, Student
 from modules.distill.teacher import asked_of
 from modules.editor import Editor
 from modules.fingerprint import weights_hash
-from modules.interventions import LowRank, checkpointed
+from modules.interventions import checkpointed
 from modules.losses import CHUNK, head_of, mean_per_row
+from modules.summed import Summed
 from modules.trained_module import TrainedModule, WarmUp
 
 KEPT = "distilled"  # in a checkpoint: the edits, and the start
@@ -102,7 +103,8 @@ class DistillMIKE(TrainedModule[Student]):
         teacher: an editor that puts text before prompts, and nothing before those out of its edits' scope: MIKE
             (published), IKE, RAG.
         start: what the student starts from: an editor of weights by class_path and init_args (published: MEMIT), which
-            makes the edits then; a folder that `trainers.edit --save` wrote; or nothing.
+            makes the edits then; a folder that `trainers.edit --save` wrote, which must stay: checkpoints do not hold
+            it; or nothing.
         queries: what a record asks.
         teaching: how the teacher's distributions are made and kept.
         loss: the loss terms.
@@ -140,6 +142,7 @@ class DistillMIKE(TrainedModule[Student]):
         self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
         self.requests: tuple[EditRequest, ...] = ()
         self.answered: Answered | None = None
+        self._start_digest: str | None = None  # of the file in the folder that `start` names
 
     # ------------------------------------------------------------------ building
 
@@ -191,7 +194,7 @@ class DistillMIKE(TrainedModule[Student]):
 
     # ------------------------------------------------------------------ before training
 
-    def _prepared(self, backbone: Backbone) -> dict[str, LowRank]:
+    def _prepared(self, backbone: Backbone) -> dict[str, Summed]:
         """Take the edits from the training data, ask the teacher about them, and make the student's start."""
         trainer = self.trainer
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -205,9 +208,9 @@ class DistillMIKE(TrainedModule[Student]):
         self.answered = self._taught(backbone, records, weights)
         return self._start(backbone, weights)
 
-    def _start(self, backbone: Backbone, weights: str) -> dict[str, LowRank]:
+    def _start(self, backbone: Backbone, weights: str) -> dict[str, Summed]:
         """What the student starts from, which rank 0 makes: it must be the same on all ranks, bit by bit. A run that
-        goes on has it from its checkpoint in the end."""
+        goes on has it from its checkpoint in the end, unless the config names its folder."""
         trainer, start = self.trainer, self.start
         if start is None:
             return {}
@@ -219,7 +222,14 @@ class DistillMIKE(TrainedModule[Student]):
                     made = str(make(start, backbone, self.requests, weights, self.teaching.where()))
             start = trainer.strategy.broadcast(made)
         rank_zero_info(f"start: {start}")
-        return read(Path(start), backbone)
+        return read(Path(start), backbone) if start != self.start else self._named_start(backbone)
+
+    def _named_start(self, backbone: Backbone) -> dict[str, Summed]:
+        """The edits in the folder that the configuration names."""
+        folder = Path(str(self.start))
+        terms = read(folder, backbone)
+        self._start_digest = digest(folder)
+        return terms
 
     def _check_validation(self, records: Sequence[EditRecord]) -> None:
         if problem := unknown_among([r for record in records for r in record.requests], self.requests):
@@ -310,14 +320,20 @@ class DistillMIKE(TrainedModule[Student]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        start = {n: {"a": t.a.cpu(), "b": t.b.cpu()} for n, t in self.student.start.items()}
-        checkpoint[KEPT] = {"requests": [asdict(r) for r in self.requests], "start": start}
+        kept: dict[str, Any] = {"requests": [asdict(r) for r in self.requests]}
+        if self._start_digest:  # perhaps a hundred times the adapters' size, and on disk already
+            kept["start_digest"] = self._start_digest
+        else:
+            start = moved(self.student.start, torch.device("cpu"))
+            kept["start"] = {n: {k: v for k, v in vars(t).items() if v is not None} for n, t in start.items()}
+        checkpoint[KEPT] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the edits and the start from a checkpoint; the adapters come by their names.
 
         Raises:
-            ValueError: for a checkpoint of other edits, or that does not fit this configuration.
+            ValueError: for a checkpoint of other edits, or that does not fit this configuration; where the start is
+                neither in the checkpoint nor, unchanged, in the folder that the configuration names.
         """
         self.configure_model()
         names = self.trained_names()
@@ -332,7 +348,16 @@ class DistillMIKE(TrainedModule[Student]):
                 "the same: go on with the same data, or begin a run of its own"
             )
         self.requests = requests
-        self.student.start = {n: LowRank(**t) for n, t in checkpoint[KEPT]["start"].items()}
+        if (wanted := checkpoint[KEPT].get("start_digest")) is None:
+            self._start_digest = None
+            self.student.start = {n: _kept_sum(t) for n, t in checkpoint[KEPT]["start"].items()}
+        elif wanted != self._start_digest:
+            self.student.start = self._named_start(self.student.backbone) if isinstance(self.start, str) else {}
+            if wanted != self._start_digest:
+                raise ValueError(
+                    "model.start: the checkpoint's run started from edits in a folder, and those that this setting "
+                    "names are others, or none; set it (in the run's config.yaml) to that folder"
+                )
 
 
 def _blocks(records: Sequence[EditRecord], config: DistillQueries) -> list[list[Question]]:
@@ -353,3 +378,8 @@ def _gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _kept_sum(tensors: dict[str, Tensor]) -> Summed:
+    """A sum of a checkpoint; of earlier ones, a term of one row."""
+    return as_sum(tensors["a"][0], tensors["b"][0]) if tensors["a"].dim() == 3 else Summed(**tensors)

@@ -17,12 +17,14 @@ from datamodules.schedule import Slot
 from datamodules.tokens import encode
 from modules.backbone import Backbone, BackboneConfig
 from modules.distill.queries import DistillCollator, DistillQueries, questions_of
+from modules.distill.start import as_sum, keep
 from modules.distill.store import Answered, Teaching, file_of, teach
 from modules.distill.student import AdapterOptions, Student
 from modules.distill.teacher import asked_of
 from modules.editor import Edited
 from modules.export import export, load_editor
 from modules.interventions import LowRank
+from modules.summed import Summed
 from modules.trained.distillmike import DistillLoss, DistillMIKE
 
 PROMPTS, TARGETS = ["City A is in", "Where is City B? In", "Village C is in"], ["Land 0", "Land 1", "Peru"]
@@ -55,7 +57,7 @@ def trained(tiny: Callable[..., Backbone], tmp_path: Path) -> Callable[..., Dist
         module.answered = Answered([file])
         module.configure_model()
         if kind == "llama":
-            module.student.start = {START: LowRank(0.1 * torch.randn(1, 3, 48), 0.1 * torch.randn(1, 3, 32))}
+            module.student.start = {START: Summed(0.1 * torch.randn(3, 48), 0.1 * torch.randn(3, 32))}
         for name, p in module.student.named_parameters():
             if "lora_B" in name:
                 p.data += 0.1 * torch.randn_like(p)
@@ -223,6 +225,60 @@ def test_export_and_back(
     assert (about["step"], about["edits"], about["adapters"]["rank"]) == (7, 4, 4)
     assert (folder / "start").is_dir() == (kind == "llama")
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".md"}
+
+
+def checkpoint_of(module: DistillMIKE) -> dict[str, Any]:
+    checkpoint = {"state_dict": dict(module.state_dict())}
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def started(module: DistillMIKE, start: str | None) -> DistillMIKE:
+    return DistillMIKE(module.backbone_config, RightEdit(), start, adapters=module.adapters)
+
+
+def test_a_start_in_a_folder_is_not_in_the_checkpoints(
+    trained: Callable[..., DistillMIKE], records: list[EditRecord], tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "start", tmp_path / "other"
+    keep({START: torch.randn(48, 32)}, [r.request for r in records], folder)
+    keep({START: torch.randn(48, 32)}, [r.request for r in records], other)
+    module = trained(records, start=str(folder))
+    module.student.start = module._named_start(module.student.backbone)
+    checkpoint = checkpoint_of(module)
+    assert set(checkpoint["distilled"]) == {"requests", "start_digest"}
+
+    again = started(module, str(folder))  # as an export has it, which reads no data
+    again.on_load_checkpoint(checkpoint)
+    assert again.requests == module.requests
+    assert torch.equal(again.student.start[START].weight(), module.student.start[START].weight())
+    assert checkpoint_of(again)["distilled"] == checkpoint["distilled"]
+    for wrong in (str(other), None):
+        with pytest.raises(ValueError, match=r"model\.start: .*started from edits in a folder.*others, or none"):
+            started(module, wrong).on_load_checkpoint(checkpoint)
+    (folder / "deltas.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.start: .*holds no deltas\.safetensors"):
+        started(module, str(folder)).on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("rank", [3, 32])
+def test_a_start_that_was_made_is_in_the_checkpoints(
+    trained: Callable[..., DistillMIKE], records: list[EditRecord], rank: int
+) -> None:
+    """As a matrix where that is smaller; one of before, in factors alone, is read as well."""
+    module = trained(records)
+    term = LowRank(torch.randn(1, rank, 48), torch.randn(1, rank, 32))
+    module.student.start = {START: as_sum(term.a[0], term.b[0])}
+    checkpoint = checkpoint_of(module)
+    (kept,) = checkpoint["distilled"]["start"].values()
+    assert sum(t.numel() for t in kept.values()) == (3 * (48 + 32) if rank == 3 else 48 * 32)
+    old = {"requests": checkpoint["distilled"]["requests"], "start": {START: {"a": term.a, "b": term.b}}}
+    for distilled in (checkpoint["distilled"], old):
+        again = started(module, None)
+        again.on_load_checkpoint(checkpoint | {"distilled": distilled})
+        for part in ("a", "b"):
+            assert torch.equal(getattr(again.student.start[START], part), getattr(module.student.start[START], part))
+        assert torch.equal(again.student.start[START].weight(), module.student.start[START].weight())
 
 
 def test_damaged_exports(trained: Callable[..., DistillMIKE], records: list[EditRecord], tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_in_force_in_the_student_and_absent_in_the_teacher(
     assert not torch.allclose(expected, unedited, atol=1e-2)
     terms = read(make(editor, backbone, requests, "w", tmp_path), backbone)
     assert terms.keys() == changes.keys()
+    dense = isinstance(editor, FTM)
+    assert all((t.whole is not None, len(t.a) > 0) == (dense, not dense) for t in terms.values())  # no identity is kept
 
     student = Student(backbone, AdapterOptions(targets=targets), terms).eval()
     with torch.no_grad():

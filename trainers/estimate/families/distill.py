@@ -50,7 +50,7 @@ class _Answers:
 
 class Distillation(Family):
     """The edits that the student starts from are not counted: how many there are only the data can say. With N edits
-    they are up to 4 N (d_in + d_out) bytes of each layer that the start changes."""
+    they are up to 4 N (d_in + d_out) bytes of each layer that the start changes, and never more than 4 d_in d_out."""
 
     kind = DistillMIKE
     frozen_name = "teacher"
