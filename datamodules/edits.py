@@ -73,7 +73,7 @@ class EditDataModule(L.LightningDataModule):
 
     Args:
         train: sources of the training records; those too long for the editor's limits are left out.
-        val: sources of the validation records.
+        val: sources of the validation records. DistillMIKE's, which are what it trains on, are left out as those are.
         test: sources of the test records.
         records_per_batch: records of a micro-batch on one rank. An optimizer step is this many records, times the
             ranks, times Trainer(accumulate_grad_batches).
@@ -116,6 +116,7 @@ class EditDataModule(L.LightningDataModule):
         self.seed, self.num_workers, self.cache_dir = seed, num_workers, cache_dir
         self._train: RecordDataset | None = None
         self._prepared: RecordDataset | None = None
+        self._val: RecordDataset | None = None  # what is kept of it, for an editor that leaves something out
         self._recipe: dict[str, int] = {}  # what the order of the records depends on besides the step
         self._recipe_then: dict[str, int] = {}  # that of the checkpoint
         self._warn_of_ignored()
@@ -149,9 +150,10 @@ class EditDataModule(L.LightningDataModule):
             load(self.train, self.cache_dir)
         elif self.trainer.state.fn == "fit":
             self._prepared = self._training_records()
-        for sources in (self.val, self.test):
-            if sources:
-                load(sources, self.cache_dir)
+        if self.val:
+            self._validation_data()
+        if self.test:
+            load(self.test, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -218,7 +220,7 @@ class EditDataModule(L.LightningDataModule):
 
     def validation_records(self) -> list[EditRecord]:
         """The first `val_records` records of the validation sources in a seeded order. Works without a Trainer."""
-        data = load(self.val, self.cache_dir)
+        data = self._validation_data()
         if len(data) < self.val_records:
             rank_zero_warn(f"val_records is {self.val_records}, but the val sources have only {len(data)} records")
         order = list(range(len(data)))
@@ -238,6 +240,16 @@ class EditDataModule(L.LightningDataModule):
 
     def _training_records(self) -> RecordDataset:
         return keep(load(self.train, self.cache_dir), self._collator().fits, "train", self.num_workers)
+
+    def _validation_data(self) -> RecordDataset:
+        """The validation sources. An editor that knows only what it was trained on (`validates_what_fits`) is not asked
+        about records that are too long to train on."""
+        data = load(self.val, self.cache_dir)
+        if not getattr(self.trainer and self.trainer.lightning_module, "validates_what_fits", False):
+            return data
+        if self._val is None:
+            self._val = keep(data, self._collator().fits, "val", self.num_workers)
+        return self._val
 
     def _pools(self, records: list[EditRecord], what: str) -> DataLoader:
         """This rank's pools, the same number on every rank (unequal numbers of forwards would hang ZeRO-3)."""

@@ -115,6 +115,8 @@ class DistillMIKE(TrainedModule[Student]):
         seed: of the adapters' start.
     """
 
+    validates_what_fits = True  # to the DataModule: it knows no edits but those it is trained on
+
     def __init__(
         self,
         backbone: BackboneConfig,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from peft import PeftModel
 from ranks import CONFIGS, ONE, TWO, perform, together, zero
 from transformers import AutoModelForCausalLM
 
+from datamodules.tokens import encode
 from modules.backbone import load_backbone
 from modules.distill import store
+from modules.distill.queries import questions_of
 from modules.export import load_editor
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
@@ -145,6 +148,25 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytes
 def test_validation_is_of_what_is_distilled(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.val: 16 of 16 edits are not among the 32 distilled.*data\.train"):
         run(tmp_path, 1, None, '--data.init_args.val=[{"format": "facts", "options": {"split": "val"}, "limit": 50}]')
+
+
+def test_validation_leaves_out_what_training_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    built = cli(tmp_path / "lengths", 1, "--data.init_args.val_records=32")
+    records, tokenizer, queries = built.datamodule.validation_records(), built.model.tokenizer, built.model.queries
+    lengths = sorted(
+        max(len(encode(tokenizer, q.prompt, q.target).ids) for q in questions_of(r, queries)) for r in records
+    )
+    assert lengths[3] < lengths[-1]
+    with caplog.at_level("INFO"):
+        short, _ = run(tmp_path, 1, None, f"--model.init_args.queries.max_query_tokens={lengths[-1] - 1}")
+    train, val = (re.search(rf"left out (\d+) of 32 records .*\({of}\)", caplog.text) for of in ("train", "val"))
+    assert train is not None
+    assert val is not None
+    assert int(train[1]) == int(val[1]) == 32 - len(short.model.requests) > 0
+    assert caplog.text.count("(val)") == 1
+    kept = short.datamodule.validation_records()
+    assert all(short.model.collator().fits(r) for r in kept)
+    assert len(kept) == 16
 
 
 def test_a_teacher_that_says_nothing_is_refused(tmp_path: Path) -> None:
