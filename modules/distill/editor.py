@@ -1,8 +1,9 @@
 """One set of edits in a model's adapters, as an editor: it puts these edits in force, and knows no others."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,8 +88,12 @@ class DistilledEditor(TrainedEditor):
         Raises:
             ValueError: naming one, and how many there are.
         """
-        if problem := unknown_among(requests, self.distilled):
+        if problem := unknown_among(requests, self._known):
             raise ValueError(f"{problem}: this editor knows only the edits it was trained on (data.train)")
+
+    @cached_property
+    def _known(self) -> set[str]:
+        return {r.statement for r in self.distilled}
 
     @contextmanager
     def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Distilled]:
@@ -112,9 +117,8 @@ class DistilledEditor(TrainedEditor):
         return all(shape(model, name) == t.shape for name, t in places.items())
 
 
-def unknown_among(requests: Sequence[EditRequest], distilled: Sequence[EditRequest]) -> str:
-    """What to say of requests that are not among the distilled ones; nothing where all are."""
-    known = {r.statement for r in distilled}
+def unknown_among(requests: Sequence[EditRequest], known: Set[str]) -> str:
+    """What to say of requests that are not among the distilled ones, of these statements; nothing where all are."""
     unknown = [r.statement for r in requests if r.statement not in known]
     if not unknown:
         return ""

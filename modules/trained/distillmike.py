@@ -234,7 +234,8 @@ class DistillMIKE(TrainedModule[Student]):
         return terms
 
     def _check_validation(self, records: Sequence[EditRecord]) -> None:
-        if problem := unknown_among([r for record in records for r in record.requests], self.requests):
+        known = {r.statement for r in self.requests}
+        if problem := unknown_among([r for record in records for r in record.requests], known):
             raise ValueError(
                 f"data.val: {problem}; validation is on what is distilled: give it the sources of data.train"
             )

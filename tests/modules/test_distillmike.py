@@ -187,6 +187,17 @@ def test_requests_that_were_not_distilled(
         pass
 
 
+def test_a_check_reads_the_requests_that_are_asked_for_alone(
+    trained: Callable[..., DistillMIKE], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, read = trained(records).editor(), []
+    monkeypatch.setattr(EditRequest, "statement", property(lambda r: read.append(r) or f"{r.prompt} {r.target}"))
+    editor.check([records[0].request])
+    read.clear()
+    editor.check([records[0].request, records[2].request])
+    assert read == [records[0].request, records[2].request]
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
