@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.records import EditRecord
@@ -126,10 +126,19 @@ class SERAC(TrainedModule[SeracModel]):
         self.optimizer_config = optimizer or SeracOptimizer()
         self.supervised = supervised
         self.soft = soft or not supervised
+        self._warn_of_ignored()
         self.gradient_checkpointing = gradient_checkpointing
         self.strict_loading = False  # a tied head is in a checkpoint once; on_load_checkpoint checks what is there
         self._hard: HardNegatives | None = None
         self.scope_accuracy: ScopeAccuracy | None = None
+
+    def _warn_of_ignored(self) -> None:
+        """Where the soft mixture trains, by its answers, there are no pairs."""
+        rate, pairs = self.queries.hard.rate, self.queries.pairs
+        unused = [f"queries.hard.rate {rate} (set it to 0)"] if rate else []
+        unused += [f"queries.pairs {pairs} (set it to own)"] if pairs != "own" else []
+        if unused and not self.supervised:
+            rank_zero_warn(f"model.supervised false trains without pairs, so {' and '.join(unused)} changes nothing")
 
     # ------------------------------------------------------------------ building
 
@@ -192,6 +201,11 @@ class SERAC(TrainedModule[SeracModel]):
         self.hold(base, keep_dtype=True)
         self.register_external([*head_of(base), *head_of(counterfactual)])
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.queries.pairs == "pool" and getattr(datamodule, "largest_pool", 0) == 1:
+            rank_zero_warn(
+                "queries.pairs pool: every pool is one record (pool_sizes, records_per_batch) and has no others, so it "
+                "is the same as own"
+            )
         if self.supervised and self.queries.hard.rate and hasattr(datamodule, "calibration_records"):
             self._hard = self._mined(datamodule)
 

@@ -1,6 +1,8 @@
 """SERAC as a module: its losses against plain references, what it checks, export and back."""
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from modules.losses import head_of
 from modules.serac.batch import SeracQueries
 from modules.serac.editor import SeracEdited
 from modules.serac.encoder import EncoderConfig
+from modules.serac.negatives import HardConfig
 from modules.serac.scope import ScopeConfig
 from modules.trained.serac import SERAC, SeracLoss, SeracOptimizer
 
@@ -98,6 +101,25 @@ def test_losses_of_the_mixture(serac: Callable[..., SERAC], records: list[EditRe
     found["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(p.grad is None for p in model.backbone.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("queries", "named"),
+    [
+        (SeracQueries(), r"queries\.hard\.rate 0\.5 \(set it to 0\) changes nothing"),
+        (SeracQueries(pairs="pool", hard=HardConfig(rate=0)), r"so queries\.pairs pool \(set it to own\) changes"),
+        (SeracQueries(hard=HardConfig(rate=0)), None),
+    ],
+)
+def test_what_the_mixture_ignores_is_told(
+    serac: Callable[..., SERAC], queries: SeracQueries, named: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        serac(queries=queries)  # with pairs everything counts
+        assert not caught
+        serac(queries=queries, supervised=False)
+    assert [bool(re.search(str(named), str(w.message))) for w in caught] == ([True] if named else [])
 
 
 @pytest.mark.parametrize("supervised", [True, False])

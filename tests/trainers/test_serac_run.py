@@ -5,6 +5,7 @@ A change that is meant to move the curve: PALIMPSEST_UPDATE_GOLDEN=1 pytest test
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert [records for records, _ in without.seen] == [records for records, _ in seen.seen[:2]]
     changed = [a.shape != b.shape or bool((a != b).any()) for a, b in zip(without.queries, seen.queries, strict=False)]
     assert all(changed)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pools_of_one_have_no_others_to_be_told_apart_from(tmp_path: Path, size: int) -> None:
+    more = [f"--data.init_args.pool_sizes=[{size}]", f"{MODEL}queries.pairs=pool", f"{MODEL}queries.hard.rate=0"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(tmp_path, 1, None, *PLAIN, *more)
+    assert sum("queries.pairs pool" in str(w.message) for w in caught) == (size == 1)
 
 
 def test_from_training_to_edits_by_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
