@@ -132,7 +132,7 @@ class SeracEdited(Edited):
     def add(self, requests: Sequence[EditRequest]) -> Self:
         """See `edit`."""
         known = set(self.requests)
-        new = list({_key(r): r for r in requests if r not in known}.values())
+        new = [r for r in {_key(r): r for r in requests}.values() if r not in known]
         replaced = {_key(r) for r in new}
         kept = [i for i, r in enumerate(self.requests) if _key(r) not in replaced]
         with torch.inference_mode(False):

@@ -136,6 +136,10 @@ def test_of_two_edits_of_one_prompt_the_later_counts(tiny_serac: Callable[..., S
         assert set(further.requests) == {again, *EDITS[1:]}
         assert further.edit_of(["City A is in"]) == [again]
         assert further.add([EDITS[0]]).edit_of(["City A is in"]) == [EDITS[0]]
+    # within one call too, also where the last one is there already
+    for asked in ([again, EDITS[0]], [EDITS[0], again]):
+        for memory in (edited_by(edited.model, []), edited, edited.add([again])):
+            assert memory.add(asked).edit_of(["City A is in"]) == [asked[-1]]
     texts = [EditRequest(text="Lyon is in Japan."), EditRequest(text="Lyon is in Peru.")]
     assert len(edited.add(texts).requests) == 5
 
