@@ -1,7 +1,7 @@
 """DistillMIKE: one peft adapter that holds the start as well, which `PeftModel.from_pretrained` loads onto the model.
 
 adapter_config.json, adapter_model.safetensors     start and adapters
-start.safetensors                                  the start alone, as terms by layer; absent without one
+start/                                             the start alone, as `trainers.edit --save` has it; absent without one
 edits.json                                         the edits that were distilled
 """
 
@@ -88,7 +88,7 @@ def _term(saved: dict[str, Tensor], name: str, folder: Path) -> Summed:
         a, b = (saved[f"{_ROOT}{name}.lora_{part}.weight"] for part in "AB")
     except KeyError as error:
         raise ValueError(f"{folder}: adapter_model.safetensors lacks {error}; export again") from error
-    return as_sum(a, b.T.to(torch.float32))
+    return as_sum(a.float(), b.T.float())  # a file may have been cast; a change of weights is computed in 32 bits
 
 
 DISTILLED = Kind(_write, _build, _fill)

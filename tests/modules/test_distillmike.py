@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from told import RightEdit
 from transformers import AutoModelForCausalLM
 
@@ -238,6 +238,19 @@ def test_export_and_back(
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".md"}
 
 
+def test_a_cast_export(trained: Callable[..., DistillMIKE], records: list[EditRecord], tmp_path: Path) -> None:
+    """peft and others write adapters in 16 bits too."""
+    module = trained(records)
+    export(module, tmp_path / "out")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file)
+    loaded: Any = load_editor(tmp_path / "out")
+    reader, asked = loaded.reader, module.requests
+    with loaded.edit(reader, asked) as cast, module.editor().edit(reader, asked) as own:
+        assert {t.dtype for term in loaded.terms.values() for t in (term.a, term.b)} == {torch.float32}
+        torch.testing.assert_close(scores(cast), scores(own), atol=0.1, rtol=0.02)
+
+
 def checkpoint_of(module: DistillMIKE) -> dict[str, Any]:
     checkpoint = {"state_dict": dict(module.state_dict())}
     module.on_save_checkpoint(checkpoint)
@@ -293,8 +306,6 @@ def test_a_start_that_was_made_is_in_the_checkpoints(
 
 
 def test_damaged_exports(trained: Callable[..., DistillMIKE], records: list[EditRecord], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     export(trained(records), tmp_path / "out")
     file = tmp_path / "out" / "adapter_model.safetensors"
     whole = load_file(file)
