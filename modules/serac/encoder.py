@@ -97,7 +97,8 @@ class TextEncoder(nn.Module):
         pooling, normalise = "mean", False
         if kind == "random":
             shape = {"vocab_size": len(self.tokens.tokenizer)} | config.overrides
-            with torch.random.fork_rng(devices=[]):  # always the same weights: a resumed run must find them again
+            # always the same weights, whatever device is being built for: a resumed run must find them again
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(0)
                 model = AutoModel.from_config(AutoConfig.for_model(name, **shape))
         else:

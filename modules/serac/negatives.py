@@ -5,7 +5,7 @@ ones, which may well be in scope; one is drawn with a weight that grows with its
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,11 +50,21 @@ class HardNegatives:
     What is drawn depends on the record and the generator alone: each text is encoded by itself, so that no batch and no
     padding matters. It is pickled into the loader's workers.
 
+    Args:
+        encoder: of the texts, on the CPU.
+        embed: what makes vectors of the questions, by the same encoder; by default the encoder, where it is.
+
     Raises:
         ValueError: where there are no more questions than `config.first`.
     """
 
-    def __init__(self, config: HardConfig, encoder: TextEncoder, records: Iterable[EditRecord]) -> None:
+    def __init__(
+        self,
+        config: HardConfig,
+        encoder: TextEncoder,
+        records: Iterable[EditRecord],
+        embed: Callable[[Sequence[str]], Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.encoder = encoder
         every = (q for record in records for queries in record.locality.values() for q in queries)
@@ -64,7 +74,7 @@ class HardNegatives:
                 f"queries.hard: the training records have {len(self.questions)} locality questions, and neighbours "
                 f"from number {config.first} on are wanted; lower queries.hard.first, or set queries.hard.rate to 0"
             )
-        self.vectors = _unit(encoder.embed([q.prompt for q in self.questions]))  # [C, d]
+        self.vectors = _unit((embed or encoder.embed)([q.prompt for q in self.questions]))  # [C, d]
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
     def draw(self, record: EditRecord, text: str, draw: random.Random) -> Query | None:

@@ -210,12 +210,20 @@ class SERAC(TrainedModule[SeracModel]):
             self._hard = self._mined(datamodule)
 
     def _mined(self, datamodule: Any) -> HardNegatives:
-        """What hard negatives are drawn from: the same on every rank, and in a resumed run."""
+        """What hard negatives are drawn from: the same on every rank, one of which encodes it, and in a resumed run."""
         config = self.queries.hard
         records = datamodule.calibration_records(config.records)
         rank_zero_info(f"hard negatives: encoding the locality questions of {len(records):,} training records ...")
         encoder = TextEncoder(config.encoder).requires_grad_(False)
-        return HardNegatives(config, encoder, records)
+
+        def embed(texts: Sequence[str]) -> Tensor:
+            vectors = None
+            if self.trainer.is_global_zero:
+                vectors = encoder.to(self.device).embed(texts).cpu()
+                encoder.cpu()  # the loader's workers encode each edit there
+            return self.trainer.strategy.broadcast(vectors)  # type: ignore[return-value]
+
+        return HardNegatives(config, encoder, records, embed)
 
     def losses(self, batch: SeracBatch) -> dict[str, Tensor]:
         model, config, records = self.serac, self.loss, len(batch)

@@ -19,8 +19,8 @@ from modules.export import export, load_editor
 from modules.losses import head_of
 from modules.serac.batch import SeracQueries
 from modules.serac.editor import SeracEdited
-from modules.serac.encoder import EncoderConfig
-from modules.serac.negatives import HardConfig
+from modules.serac.encoder import EncoderConfig, TextEncoder
+from modules.serac.negatives import HardConfig, HardNegatives
 from modules.serac.scope import ScopeConfig
 from modules.trained.serac import SERAC, SeracLoss, SeracOptimizer
 
@@ -101,6 +101,25 @@ def test_losses_of_the_mixture(serac: Callable[..., SERAC], records: list[EditRe
     found["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(p.grad is None for p in model.backbone.model.parameters())
+
+
+def test_one_rank_encodes_the_questions_for_all(
+    serac: Callable[..., SERAC], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hard = HardConfig(first=0, last=3, encoder=EncoderConfig("random:bert", overrides=BERT))
+    module, sent = serac(queries=SeracQueries(hard=hard)), []
+    data = SimpleNamespace(calibration_records=lambda _: records)
+    strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or sent[0])
+    ranks: list[Any] = [SimpleNamespace(is_global_zero=zero, strategy=strategy) for zero in (True, False)]
+    module._trainer = ranks[0]
+    first = module._mined(data)
+    alone = HardNegatives(hard, TextEncoder(hard.encoder), records)
+    assert torch.equal(first.vectors, alone.vectors)
+    assert len(first.vectors) == 4
+    monkeypatch.setattr(TextEncoder, "embed", lambda *_: pytest.fail("encoded on every rank"))
+    module._trainer = ranks[1]
+    assert torch.equal(module._mined(data).vectors, first.vectors)
+    assert [v is None for v in sent] == [False, True]
 
 
 @pytest.mark.parametrize(

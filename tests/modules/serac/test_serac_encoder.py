@@ -48,6 +48,13 @@ def test_every_weight_gets_a_gradient(encoder_config: Callable[..., EncoderConfi
     assert all(p.grad is not None for p in encoder.parameters())
 
 
+def test_random_weights_are_the_same_whatever_device_is_built_for(encoder_config: Callable[..., EncoderConfig]) -> None:
+    plain = TextEncoder(encoder_config()).state_dict()
+    with torch.device("meta"):  # as Lightning builds for a GPU
+        there = TextEncoder(encoder_config()).state_dict()
+    assert all(torch.equal(t, plain[n]) for n, t in there.items())
+
+
 def test_long_texts_are_cut(encoder_config: Callable[..., EncoderConfig]) -> None:
     ids, mask = TextTokens(encoder_config(max_tokens=8))(["abcdefghijklmnop", "abc"])
     assert ids.shape == (2, 8)
