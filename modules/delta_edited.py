@@ -21,7 +21,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.interventions import Deltas, LowRank, low_rank, merge
-from modules.saved_edits import in_force, kept_without, read_edits, write_edits
+from modules.saved_edits import kept_without, left_to_make, read_edits, write_edits
 from modules.summed import Summed
 
 MEMORY = "memory."  # before the names of remembered tensors in a file
@@ -107,8 +107,7 @@ class DeltaEdited(Edited):
 
     def add(self, requests: Sequence[EditRequest]) -> Self:
         """See `edit`."""
-        known = {r.statement for r in in_force(self.requests)}
-        new = [r for r in {r.statement: r for r in requests}.values() if r.statement not in known]
+        new = left_to_make(requests, self.requests)
         return self.joined(new, *(self.further(new) if new else ({}, {})))
 
     def joined(

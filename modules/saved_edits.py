@@ -1,6 +1,7 @@
 """Edits as text beside what a method keeps of them: edits.json in a folder."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,15 @@ def in_force(requests: Sequence[EditRequest]) -> set[EditRequest]:
     """Of edits made one after another, those that no later one answers otherwise."""
     last = {r.prompt: r.target for r in requests if r.prompt}
     return {r for r in requests if not r.prompt or last[r.prompt] == r.target}
+
+
+def left_to_make(requests: Sequence[EditRequest], made: Sequence[EditRequest]) -> list[EditRequest]:
+    """Of the edits of a call, each once, those that are still to be made: all but those in force which no other one of
+    the call answers otherwise."""
+    each = list({r.statement: r for r in reversed(requests)}.values())[::-1]  # of two that are alike the later one
+    answers = Counter(r.prompt for r in each if r.prompt)
+    there = {r.statement for r in in_force(made)}
+    return [r for r in each if r.statement not in there or answers[r.prompt] > 1]
 
 
 def read_edits(folder: Path, beside: str) -> list[EditRequest]:

@@ -15,7 +15,7 @@ from datamodules.records import EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.hypernetwork.batch import Scored, scored
-from modules.saved_edits import in_force
+from modules.saved_edits import left_to_make
 
 Layer = int | float  # see `locate.layer_numbers`
 
@@ -32,8 +32,7 @@ def to_make(method: str, requests: Sequence[EditRequest], known: Sequence[EditRe
                 f"{method} edits the answer to a prompt; the edit {request.statement!r} is free text: give it a "
                 "`prompt` and a `target`"
             )
-    there = in_force(known)
-    return [request for request in dict.fromkeys(requests) if request not in there]
+    return left_to_make(requests, known)
 
 
 def encode_targets(backbone: Backbone, requests: Sequence[EditRequest]) -> list[Scored]:

@@ -9,7 +9,7 @@ import torch
 
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
-from modules.saved_edits import in_force
+from modules.saved_edits import in_force, left_to_make
 from modules.training_free.alphaedit import AlphaEdit
 from modules.training_free.ft import FTM
 from modules.training_free.memit import MEMIT
@@ -25,6 +25,15 @@ def test_in_force() -> None:
     assert in_force([X, text]) == {X, text}
     assert in_force([X, Y, text]) == {Y, text}
     assert in_force([X, Y, X]) == {X}
+
+
+def test_left_to_make() -> None:
+    text = EditRequest(text="Bo is here.")
+    assert left_to_make([X, X, text], []) == [X, text]
+    assert left_to_make([X, text], [X]) == [text]
+    assert left_to_make([Y, X], [X]) == [Y, X]  # the later one is to hold, as if each had a call of its own
+    assert left_to_make([X, Y, X], []) == [Y, X]
+    assert left_to_make([X], [X, Y]) == [X]
 
 
 @pytest.mark.parametrize("kind", ["ft", "memit"])
