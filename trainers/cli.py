@@ -21,6 +21,7 @@ from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.callbacks.step_seed import StepSeed
 from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
 from trainers.checkpoints.single import FolderIO
+from trainers.usage import Plain
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -55,6 +56,10 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
     return resolved
 
 
+class TrainingParser(Plain, LightningArgumentParser):
+    """LightningCLI's parser, with plain errors."""
+
+
 class TrainingCLI(LightningCLI):
     """Trainer, model and data from YAML and the command line, without running anything.
 
@@ -76,12 +81,13 @@ class TrainingCLI(LightningCLI):
             args=None if args is None else resolve_configs(args),
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": "Meta-train a knowledge editor."},
+            parser_kwargs={"prog": "python -m trainers.fit", "description": "Meta-train a knowledge editor."},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the DataModule plans every rank's micro-batches
                 "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "", "name": "", "version": ""}},
             },
             seed_everything_default=0,
+            parser_class=TrainingParser,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

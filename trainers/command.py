@@ -6,9 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from trainers.cli import resolve_configs
+from trainers.usage import Plain
 
 
 def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
@@ -18,9 +17,7 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
     ends the program with exit code 1 and one line.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = ArgumentParser(
-        prog=f"python -m trainers.{function.__name__}", description=(function.__doc__ or "").split("\n")[0]
-    )
+    parser = Plain(prog=f"python -m trainers.{function.__name__}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML, by path or by bare name in configs/")
     parser.add_function_arguments(function)
     try:

@@ -4,7 +4,9 @@ With --dry_run it only says what the run would need, as `python -m trainers.esti
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from datamodules.readers.base import DataError
 from modules.backbone import BackboneError
@@ -12,7 +14,7 @@ from trainers import estimate
 from trainers.callbacks.non_finite import NonFiniteError
 from trainers.callbacks.preemption import PREEMPTED
 from trainers.checkpoints.folder import CheckpointError
-from trainers.cli import fail, is_rank_zero, parse, rank
+from trainers.cli import CONFIGS, fail, is_rank_zero, parse, rank
 from trainers.processes import end_group, end_with_parent
 
 DRY_RUN = "--dry_run"
@@ -33,8 +35,20 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         # weights_only stays on: a checkpoint is data, and loading it runs no code
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
-    except (BackboneError, CheckpointError, DataError, NonFiniteError) as error:  # perhaps of this rank alone
+    except (ValueError, NonFiniteError) as error:  # perhaps of this rank alone
+        if not meant(error):
+            raise
         sys.exit(f"error: {error}" if is_rank_zero() else f"error on rank {rank()}: {error}")
+
+
+def meant(error: Exception) -> bool:
+    """Whether a `raise` of this project's own ended the training: its message then says what to change, and the way
+    there is of no use. What a library or a builtin refused is a fault, whose traceback is wanted. A process that loads
+    data has its errors raised again by torch, so that some are known by their kind."""
+    if isinstance(error, (BackboneError, CheckpointError, DataError, NonFiniteError)):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(CONFIGS.parent) and (last.line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trainers import command, export, fit
+from trainers import command, evaluate, export, fit
 from trainers.checkpoints.folder import digest, seal, stage
 from trainers.checkpoints.single import STATE, FolderIO
 from trainers.cli import TrainingCLI, find_config, parse
@@ -65,23 +65,67 @@ def test_printed_config_is_the_same_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "named"),
+    ("argument", "said"),
     [
-        ("--model.init_args.loss.kl_wieght=1", "kl_wieght"),
+        ("--misspelt.key=1", "--misspelt.key: no such key; `python -m trainers.fit --help` lists them all"),
+        ("--model.init_args.loss.kl_wieght=1", "the nearest is --model.init_args.loss.kl_weight"),
+        ("--model.init_args.optimzer.lr=1", "the nearest is --model.init_args.optimizer.lr"),
+        ("--model.init_args.lr=1", "--model.init_args.lr: no such key; there are: backbone, gist, queries"),
         ("--model.init_args.optimizer.lr=-1", "lr"),
-        ("--model.init_args.train=everything", "train"),
-        ("--model.class_path=modules.trained.NoSuchEditor", "NoSuchEditor"),
+        ("--model.init_args.optimizer.lr=fast", "--model.init_args.optimizer.lr: expected float, got fast"),
+        ("--model.init_args.train=everything", "train: expected one of 'full', 'upper', 'lora', got everything"),
+        ("--model.class_path=modules.trained.NoSuchEditor", "no attribute 'NoSuchEditor'"),
         ("--model.init_args.gist.match_layer=2", "match_layer"),
         ("--model.init_args.backbone.attention=flash_attention_2", "set backbone.attention to sdpa"),
         ("--data.init_args.records_per_batch=0", "records_per_batch"),
-        ("--trainer.max_stepz=3", "max_stepz"),
+        ("--data.init_args.train=[{formt: facts}]", "the nearest is --data.init_args.train.format"),
+        ("--trainer.max_stepz=3", "the nearest is --trainer.max_steps"),
+        ("--trainer.max_step=3", "the nearest is --trainer.max_steps"),  # an abbreviation is no key
+        ("--max_steps=3", "the nearest is --trainer.max_steps"),
+        ("--modle.init_args.optimizer.lr=3", "the nearest is --model.init_args.optimizer.lr"),
+        ("--trainer.precision=17", "--trainer.precision: expected one of 64, 32, 16 or"),
+        (
+            "--trainer.callbacks+={class_path: trainers.callbacks.Baselines, init_args: {editorz: []}}",
+            "init_args.editors",
+        ),
+        ("stray", "stray belongs to no key"),
     ],
 )
-def test_what_is_wrong_is_named(argument: str, named: str) -> None:
+def test_what_is_wrong_is_named_in_one_line(argument: str, said: str) -> None:
     message, code = ends(parse, [*TINY, argument])
+    line = message.splitlines()[-1]
     assert code not in (0, None)
-    assert named in message
-    assert "Traceback" not in message
+    assert line.startswith("error: ")
+    assert said in line
+    assert "usage" not in message
+    assert len(message.splitlines()) <= 2  # the other is Lightning's, of the seed
+
+
+def test_a_wrong_config_is_named_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "over.yaml"
+    wrong = {
+        "model: {init_args: {optimizer: {lrr: 1}}}": "--model.init_args.optimizer.lrr: no such key; the nearest is ",
+        "trainer: {max_stepz: 1}": "--trainer.max_stepz: no such key",
+        "trainer: {max_steps: 1": "Problems parsing config",
+    }
+    for text, said in wrong.items():
+        file.write_text(text, encoding="utf-8")
+        message, _ = ends(parse, [*TINY, f"--config={file}"])
+        assert message.startswith(f"error: {said}")
+        assert message.count("\n") == 1
+        assert str(file) in message
+
+
+def test_other_commands_say_what_is_wrong_in_one_line() -> None:
+    wrong = {
+        "--run_dri=x": "error: --run_dri: no such key; the nearest is --run_dir\n",
+        "--out=x": "error: run_dir must be given, as --KEY VALUE or in a --config; "
+        "`python -m trainers.export --help` lists them all\n",
+    }
+    for argument, said in wrong.items():
+        assert ends(command.run, export.export, [argument]) == (said, 2)
+    message, _ = ends(command.run, evaluate.evaluate, ["--backbone=gpt2"])
+    assert message == "error: --backbone: it has keys of its own, which --help lists; got gpt2\n"
 
 
 def test_fit_export_and_what_is_refused_between(quick: list[str], tmp_path: Path) -> None:
@@ -241,6 +285,29 @@ def test_a_malformed_record_is_one_line(quick: list[str], tmp_path: Path) -> Non
     message, code = ends(fit.main, [*quick, f"--data.init_args.train={sources}"])
     assert code.startswith(f"error: {file}, record")
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data.init_args.train=[{format: facts, limit: 3}]"], "3 records do not fill one optimizer step of 16"),
+        (["--trainer.limit_train_batches=3", "--trainer.accumulate_grad_batches=2"], "Trainer(limit_train_batches=3)"),
+        (["--model.init_args.backbone.source=random:bert"], "backbone 'random:bert': choose a type among"),
+    ],
+)
+def test_what_training_refuses_is_one_line(quick: list[str], options: list[str], said: str) -> None:
+    _, code = ends(fit.main, [*quick, *options])
+    assert code.startswith(f"error: {said}")
+    assert "\n" not in code
+
+
+def test_a_fault_keeps_its_traceback(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        return int("none")
+
+    monkeypatch.setattr("modules.trained.InComeS.training_step", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        fit.main(quick)
 
 
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
