@@ -15,6 +15,7 @@ from trainers.callbacks.non_finite import NonFiniteError
 from trainers.callbacks.preemption import PREEMPTED
 from trainers.checkpoints.folder import CheckpointError
 from trainers.cli import CONFIGS, fail, is_rank_zero, parse, rank
+from trainers.next_steps import next_steps
 from trainers.processes import end_group, end_with_parent
 
 DRY_RUN = "--dry_run"
@@ -39,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if not meant(error):
             raise
         sys.exit(f"error: {error}" if is_rank_zero() else f"error on rank {rank()}: {error}")
+    if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        print(next_steps(cli), flush=True)
 
 
 def meant(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shlex
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import yaml
 
 from trainers import command, evaluate, export, fit
+from trainers.callbacks.preemption import checkpoints
 from trainers.checkpoints.folder import digest, seal, stage
 from trainers.checkpoints.single import STATE, FolderIO
 from trainers.cli import TrainingCLI, find_config, parse
+from trainers.next_steps import next_steps
 
 TINY = ["--config", "incomes_tiny"]
 
@@ -128,7 +131,10 @@ def test_other_commands_say_what_is_wrong_in_one_line() -> None:
     assert message == "error: --backbone: it has keys of its own, which --help lists; got gpt2\n"
 
 
-def test_fit_export_and_what_is_refused_between(quick: list[str], tmp_path: Path) -> None:
+def test_fit_export_and_what_is_refused_between(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     said = io.StringIO()
     with redirect_stdout(said):
         fit.main([*quick, "--ckpt_path=last"])
@@ -144,9 +150,17 @@ def test_fit_export_and_what_is_refused_between(quick: list[str], tmp_path: Path
     assert code not in (0, None)
     assert "nowhere.ckpt" in message
 
-    out = tmp_path / "out"
-    command.run(export.export, ["--run_dir", str(run), "--out", str(out)])
+    where, look, *commands = said.getvalue().splitlines()[-4:]  # which can be pasted
+    assert where == f"the run is in {run}, its newest checkpoint is {run / 'checkpoints' / 'step2.ckpt'}"
+    assert look.split() == ["look", "at", "it:", "tensorboard", "--logdir", str(run)]
+    (_, _, *to_export), (_, _, *to_evaluate) = map(shlex.split, commands)
+    assert to_export[:3] == ["python", "-m", "trainers.export"]
+    assert to_evaluate[:3] == ["python", "-m", "trainers.evaluate"]
+    command.run(export.export, to_export[3:])
+    out = tmp_path / "exported" / "run"
     assert (out / "editor.json").is_file()
+    command.run(evaluate.evaluate, [*to_evaluate[3:], "--records=2", "--exact_match=false", "--baselines=[]"])
+    assert (run / "results.json").is_file()
     message, code = ends(command.run, export.export, ["--run_dir", str(run), "--out", str(out)])
     assert code not in (0, None)
     assert "is not empty" in message
@@ -171,6 +185,17 @@ class _Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path(self.path),))
+
+
+def test_what_comes_after_a_run_is_of_the_best_checkpoint_and_in_the_editors_own_mode(tmp_path: Path) -> None:
+    cli = TrainingCLI(["--config", "mend_tiny", f"--run_dir={tmp_path}", "--checkpoint.monitor=val/loss"])
+    folder = tmp_path / "checkpoints"
+    best, newest = save(folder, 1), save(folder, 2)
+    checkpoints(cli.trainer).scores = {best.name: 0.9, newest.name: 0.1}
+    where, _, to_export, to_evaluate = next_steps(cli).splitlines()
+    assert where.endswith(str(newest))
+    assert to_export.endswith(f" --checkpoint {best}")
+    assert to_evaluate.endswith(f" --out {tmp_path / 'results.json'} --mode single")
 
 
 def test_fast_dev_run(quick: list[str]) -> None:
