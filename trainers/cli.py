@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -103,7 +104,17 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        accelerator = self.config.trainer.accelerator
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+                raise
+            raise ValueError(
+                f"trainer.accelerator is {accelerator}, and PyTorch finds no GPU here. Models of 1B parameters and "
+                "more want some (trainers.estimate says how many); small ones train with --trainer.accelerator cpu "
+                "--trainer.devices 1, as the configs *_tiny and *_smollm2 do"
+            ) from error
         configured = trainer.strategy.checkpoint_io
         if type(configured) is TorchCheckpointIO:  # Lightning's default
             trainer.strategy.checkpoint_io = FolderIO()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from trainers import command, evaluate, export, fit
@@ -102,6 +103,15 @@ def test_what_is_wrong_is_named_in_one_line(argument: str, said: str) -> None:
     assert said in line
     assert "usage" not in message
     assert len(message.splitlines()) <= 2  # the other is Lightning's, of the seed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named_with_the_remedy() -> None:
+    _, code = ends(parse, ["--config", "mend_llama1b"])
+    assert code.startswith("error: trainer.accelerator is gpu, and PyTorch finds no GPU here.")
+    assert "--trainer.accelerator cpu --trainer.devices 1" in code
+    small = parse(["--config", "mend_llama1b", "--trainer.accelerator=cpu", "--trainer.devices=1"])
+    assert small.trainer.num_devices == 1
 
 
 def test_a_wrong_config_is_named_with_its_file(tmp_path: Path) -> None:
