@@ -22,7 +22,7 @@ from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.callbacks.step_seed import StepSeed
 from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
 from trainers.checkpoints.single import FolderIO
-from trainers.usage import Plain
+from trainers.usage import Plain, told
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -217,7 +217,7 @@ def is_rank_zero() -> bool:
 
 def fail(error: Exception) -> NoReturn:
     """End the program with exit code 1 and one line: for what all ranks meet alike, so that only rank 0 need say it."""
-    sys.exit(f"error: {error}" if is_rank_zero() else 1)
+    sys.exit(f"error: {told(error)}" if is_rank_zero() else 1)
 
 
 def parse(args: Sequence[str] | None = None) -> TrainingCLI:

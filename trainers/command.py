@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainers.cli import resolve_configs
-from trainers.usage import Plain
+from trainers.usage import Plain, told
 
 
 def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
@@ -25,21 +25,23 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
         built: Any = parser.instantiate_classes(given)
         return function(**{name: built[name] for name in inspect.signature(function).parameters})
     except (ValueError, NotImplementedError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {told(error)}")
 
 
 def appended(args: Sequence[str], function: Callable[..., Any]) -> list[str]:
     """The arguments with every `--key text` of a list of texts as jsonargparse's `--key+ text`, so that it may be given
-    more than once, and `--key 1,10` of a list of numbers as `--key [1,10]`. A value in brackets sets the whole list."""
+    more than once, a source `--data {format: ...}` likewise, and `--key 1,10` of a list of numbers as `--key [1,10]`. A
+    value in brackets sets the whole list."""
     types = {f"--{n}": str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
     found = list(args)
     for i, arg in enumerate(found):
         key, equals, value = arg.partition("=")
         value = value if equals else next(iter(found[i + 1 : i + 2]), "")
-        if not value or value.startswith("["):
+        if not value or value.startswith(("[", "--")):
             continue
-        if any(texts in types.get(key, "") for texts in ("list[str]", "list[dict[str")):
+        kind = types.get(key, "")
+        if any(texts in kind for texts in ("list[str]", "list[dict[str")) or ("Source]" in kind and value[0] == "{"):
             found[i] = f"{key}+{equals}{value if equals else ''}"
-        elif "list[int]" in types.get(key, ""):
+        elif "list[int" in kind:
             found[i : i + 1 if equals else i + 2] = [f"{key}=[{value}]"]
     return found

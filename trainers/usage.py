@@ -21,10 +21,12 @@ UNKNOWN = (
 STRAY = re.compile(r"unrecognized arguments: (\S+)")
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
 NOT_KEYS = "Expected a dot import path string:"  # where a class with arguments is wanted
-EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
+EXPECTED = re.compile(r"Expected (?:an? )?(.+?)(?:\. Got value: (.*))?$")
+GIVEN = re.compile(r"Given value: (?!NestedArg)(.+)")
+UNION = "Does not validate against any of the Union subtypes"
 # jsonargparse's frame around what is wrong, and what it says of the other types that a value might have had
 FRAME = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>$|Expected a path|"
+    rf"{UNION}|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>$|Expected a path|"
     r"Not a valid subclass|Subclass types expect|(- )?(a class path|a dict with)"
 )
 
@@ -72,8 +74,15 @@ def plain(message: str, parser: ArgumentParser) -> str:
     stray = STRAY.match(first)
     if stray:
         return f"{stray[1]} belongs to no key: keys begin with --, and a value with spaces stands in quotes"
-    said = _value(list(dict.fromkeys(said for at, said in found if at == where)))
+    given = GIVEN.search(message)
+    said = _value(list(dict.fromkeys(said for at, said in found if at == where)), given[1] if given else None)
     return f"--{_path(where)}: {said}" if where else " ".join(message.split())
+
+
+def told(error: Exception) -> str:
+    """What an error says; of a class that refused its arguments, without jsonargparse's frame around that."""
+    message = str(error)
+    return "\n".join(said for _, said in _leaves(message)) if message.startswith(UNION) else message
 
 
 def _leaves(message: str) -> Iterator[tuple[tuple[str | type, ...], str]]:
@@ -109,10 +118,10 @@ def _path(where: Iterable[str | type]) -> str:
     return ".".join(filter(None, parts))
 
 
-def _value(said: Sequence[str]) -> str:
+def _value(said: Sequence[str], given: str | None) -> str:
     """What was expected of a value, of all the types that it might have had, and what was given."""
     if said[0].startswith(NOT_KEYS):
-        return f"it has keys of its own, which --help lists; got{said[0].removeprefix(NOT_KEYS)}"
+        return f"expected keys of its own, as {{KEY: VALUE}}, which --help lists; got{said[0].removeprefix(NOT_KEYS)}"
     expected = [match for match in map(EXPECTED.match, said) if match]
     if not expected:
         return said[0]
@@ -120,8 +129,9 @@ def _value(said: Sequence[str]) -> str:
     for match in expected:
         choice = re.fullmatch(r"typing\.Literal\[(.+)\]", match[1])
         kinds.append(f"one of {choice[1]}" if choice else re.sub(r"<class '(?:.+\.)?(.+)'>", r"\1", match[1]))
-    got = next((f", got {match[2]}" for match in expected if match[2] is not None), "")
-    return f"expected {' or '.join(kinds)}{got}"
+    got = next((match[2] for match in expected if match[2] is not None), given)
+    listed = "a list, as [A, B]" if kinds[0] in ("list", "Sequence") else " or ".join(kinds)
+    return f"expected {listed}{'' if got is None else f', got {got}'}"
 
 
 def _unknown(where: tuple[str | type, ...], key: str, parser: ArgumentParser) -> str:

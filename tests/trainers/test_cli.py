@@ -75,7 +75,9 @@ def test_printed_config_is_the_same_config(tmp_path: Path) -> None:
         ("--model.init_args.loss.kl_wieght=1", "the nearest is --model.init_args.loss.kl_weight"),
         ("--model.init_args.optimzer.lr=1", "the nearest is --model.init_args.optimizer.lr"),
         ("--model.init_args.lr=1", "--model.init_args.lr: no such key; there are: backbone, gist, queries"),
-        ("--model.init_args.optimizer.lr=-1", "lr"),
+        ("--model.init_args.optimizer.lr=-1", "error: model.optimizer.lr must be positive and selection_lr not"),
+        ("--data.init_args.train=[{format: nope}]", "error: unknown format 'nope'; known formats: auto"),
+        ("--data.init_args.pool_sizes=7", "--data.init_args.pool_sizes: expected a list, as [A, B], got 7"),
         ("--model.init_args.optimizer.lr=fast", "--model.init_args.optimizer.lr: expected float, got fast"),
         ("--model.init_args.train=everything", "train: expected one of 'full', 'upper', 'lora', got everything"),
         ("--model.class_path=modules.trained.NoSuchEditor", "no attribute 'NoSuchEditor'"),
@@ -118,7 +120,7 @@ def test_a_wrong_config_is_named_with_its_file(tmp_path: Path) -> None:
     file = tmp_path / "over.yaml"
     wrong = {
         "model: {init_args: {optimizer: {lrr: 1}}}": "--model.init_args.optimizer.lrr: no such key; the nearest is ",
-        "trainer: {max_stepz: 1}": "--trainer.max_stepz: no such key",
+        "data: {init_args: {val_pol: 1}}": "--data.init_args.val_pol: no such key; the nearest is ",
         "trainer: {max_steps: 1": "Problems parsing config",
     }
     for text, said in wrong.items():
@@ -137,8 +139,11 @@ def test_other_commands_say_what_is_wrong_in_one_line() -> None:
     }
     for argument, said in wrong.items():
         assert ends(command.run, export.export, [argument]) == (said, 2)
+    message, _ = ends(command.run, evaluate.evaluate, ["--data={format: facts}", "--data={format: nope}"])
+    assert message.startswith("error: unknown format 'nope'; known formats: auto")  # a list, one by one
+    assert "\n" not in message
     message, _ = ends(command.run, evaluate.evaluate, ["--backbone=gpt2"])
-    assert message == "error: --backbone: it has keys of its own, which --help lists; got gpt2\n"
+    assert message == "error: --backbone: expected keys of its own, as {KEY: VALUE}, which --help lists; got gpt2\n"
 
 
 def test_fit_export_and_what_is_refused_between(
@@ -201,7 +206,7 @@ def test_what_comes_after_a_run_is_of_the_best_checkpoint_and_in_the_editors_own
     cli = TrainingCLI(["--config", "mend_tiny", f"--run_dir={tmp_path}", "--checkpoint.monitor=val/loss"])
     folder = tmp_path / "checkpoints"
     best, newest = save(folder, 1), save(folder, 2)
-    checkpoints(cli.trainer).scores = {best.name: 0.9, newest.name: 0.1}
+    checkpoints(cli.trainer).scores = {best.name: 0.1, newest.name: 0.9}
     where, _, to_export, to_evaluate = next_steps(cli).splitlines()
     assert where.endswith(str(newest))
     assert to_export.endswith(f" --checkpoint {best}")

@@ -30,8 +30,10 @@ def test_moments_are_written_and_found_again(tmp_path: Path, capsys: pytest.Capt
     assert load_file(files[0])["moments"].shape == (48, 48)
     assert said.count(" of 48 directions") == 2
     times = [f.stat().st_mtime_ns for f in files]
-    run(moments, given)
+    for layers in ("--layers=0.25,2", "--layers=1"):  # as a person types them
+        run(moments, [*given[:-1], layers])
     assert [f.stat().st_mtime_ns for f in files] == times
+    assert sorted(tmp_path.glob("moments-*.safetensors")) == files
 
 
 def test_a_device_is_looked_for_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
