@@ -34,7 +34,8 @@ class Source:
     """Where records come from.
 
     Args:
-        format: name of the format, one of `datamodules.readers.FORMATS`.
+        format: zsre, counterfact, knowedit, mquake, dune, ripple or uniedit; auto, any of the published files; facts or
+            facts_uniedit, generated; pairs, hub or records, your own (`datamodules.readers.FORMATS`).
         path: the file, looked for from the working directory and then below the folder named by the environment
             variable PALIMPSEST_DATA, under this name or with or without a final .gz; `hub:owner/name:split` on the
             Hugging Face hub (see `readers.hub`); for "hub" the data set's name; none for records that are generated

@@ -82,7 +82,8 @@ class BackboneConfig:
     """Which language model to load, and how.
 
     Args:
-        source: see the top of this file.
+        source: a Hugging Face NAME; a local folder, as ./FOLDER; gguf:FILE, or gguf:PACKAGE for the one in an installed
+            package; random:TYPE, random weights with sizes by `overrides`.
         dtype: float32, bfloat16 or float16.
         attention: sdpa, eager, flash_attention_2 (not of InComeS), ...; by default what transformers picks for the
             architecture.

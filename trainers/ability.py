@@ -38,12 +38,13 @@ def ability(
     """Put tasks of general ability to a model, unedited and after so many edits by each editor: one JSON file, a table.
 
     Args:
-        data: where the records come from that are edited.
+        data: where the records come from that are edited: [{format: FORMAT, path: FILE, ...}, ...]; --data.help says
+            which.
         tasks: any of rte, nq_open, samsum, sst2, mmlu, squad; by default all but the last. With changes as a mapping:
             {task: mmlu, shots: 0}. Any task of lm-eval, with that extra: {task: lm_eval, name: hellaswag}.
             A task whose file is not there is left out, with a word.
         editor: folders written by trainers.export, and training-free editors: by name, by file, or with changes.
-        backbone: what is asked and edited; by default the first exported editor's.
+        backbone: what is asked and edited, as --backbone.source NAME; by default the first exported editor's.
         edits: after how many records, the first so many of those drawn; 0 is the unedited model. By default 0 and 100.
         batch: records of one edit, each on top of all earlier ones; by default all in one call.
         examples: of each task, drawn by `seed`; null: all.

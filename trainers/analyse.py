@@ -46,7 +46,7 @@ def analyse(
 
     Args:
         editor: a folder written by trainers.export, of InComeS.
-        data: where the records come from.
+        data: where the records come from: [{format: FORMAT, path: FILE, ...}, ...]; --data.help says which.
         pool_sizes: how many edits stand at once; by default 10, 20, 50, 100.
         reference: the pool size whose entropy larger ones are aligned to: 1 in the paper. By default the largest that
             the editor was trained on, where its editor.json tells; else 1.

@@ -24,6 +24,12 @@ from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, 
 from trainers.checkpoints.single import FolderIO
 from trainers.usage import Plain, told
 
+DESCRIPTION = (
+    "Meta-train a knowledge editor: --config NAME, a YAML by path or by bare name in configs/, whose README.md lists "
+    "them. Several are laid over one another, and --a.b.c VALUE over all. The editor's keys: --model.help "
+    "modules.trained.InComeS (or MEND, IBKE, SERAC, DistillMIKE); the data's: --data.help datamodules.EditDataModule. "
+    "With --dry_run it says what the run would need, and runs nothing."
+)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -82,7 +88,7 @@ class TrainingCLI(LightningCLI):
             args=None if args is None else resolve_configs(args),
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "python -m trainers.fit", "description": "Meta-train a knowledge editor."},
+            parser_kwargs={"prog": "python -m trainers.fit", "description": DESCRIPTION},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the DataModule plans every rank's micro-batches
                 "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "", "name": "", "version": ""}},

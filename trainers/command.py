@@ -17,15 +17,25 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
     ends the program with exit code 1 and one line.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = Plain(prog=f"python -m trainers.{function.__name__}", description=(function.__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML, by path or by bare name in configs/")
-    parser.add_function_arguments(function)
+    parser = parser_of(function)
     try:
         given: Any = parser.parse_args(appended(resolve_configs(sys.argv[1:] if args is None else args), function))
         built: Any = parser.instantiate_classes(given)
         return function(**{name: built[name] for name in inspect.signature(function).parameters})
     except (ValueError, NotImplementedError, OSError) as error:
         sys.exit(f"error: {told(error)}")
+
+
+def parser_of(function: Callable[..., Any]) -> Plain:
+    """What the command of a function takes; its help ends with what its file says of it, which has an example."""
+    parser = Plain(
+        prog=f"python -m trainers.{function.__name__}",
+        description=(function.__doc__ or "").split("\n")[0],
+        epilog=inspect.getdoc(inspect.getmodule(function)),
+    )
+    parser.add_argument("--config", action="config", help="YAML with these keys, by path or by bare name in configs/")
+    parser.add_function_arguments(function)
+    return parser
 
 
 def appended(args: Sequence[str], function: Callable[..., Any]) -> list[str]:

@@ -35,12 +35,13 @@ def compare(
     """Compare results: a table of metric by editor, with differences and their paired bootstrap intervals.
 
     Args:
-        files: reports and benchmark cells; the first one has the reference.
+        files: reports and benchmark cells, before all options; the first one has the reference.
         reference: the editor of the first file that the others are compared with; by default its first one.
         edits: only these numbers of edits.
         metrics: by name; by default the main ones of the protocol.
         allow: fields that may differ: mode, batch, edits, backbone. The table then says so.
-        seed, resamples: of the bootstrap.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
         out: a file for the table, in Markdown.
 
     Raises:

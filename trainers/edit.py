@@ -45,7 +45,7 @@ def edit(
         merge: a folder to write a plain model to, with the edits in its weights (of editors that change weights).
         max_new_tokens: how long answers may get.
         compare: also show the answer before editing.
-        backbone: what a training-free editor edits; an exported one brings its own.
+        backbone: what a training-free editor edits, as --backbone.source NAME; an exported one brings its own.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
     _check_folders(pool=pool, save=save, merge=merge)

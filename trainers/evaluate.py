@@ -48,13 +48,14 @@ def evaluate(
     """Evaluate exported and training-free editors beside baselines, on the same records: one JSON file and a table.
 
     Args:
-        data: where the records come from.
+        data: where the records come from: [{format: FORMAT, path: FILE, ...}, ...]; --data.help says which.
         editor: folders written by trainers.export, and training-free editors: by the name of a config in
             configs/training_free, by a file's path, or as a mapping with changes ({editor: memit, weight: 1500}).
         baselines: any of unedited, icl, icl_right_edit; by default all that the mode allows.
-        backbone: what training-free editors and baselines run on; by default the first exported editor's.
+        backbone: what training-free editors and baselines run on, as --backbone.source NAME; by default the first
+            exported editor's.
         records: how many records, drawn by `seed`.
-        pool_sizes: how many edits stand at once.
+        pool_sizes: how many edits stand at once; by default 1, 10 and 100.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record;
             of MQuAKE's edits and hops all are asked.

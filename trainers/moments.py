@@ -1,4 +1,4 @@
-"""Second moments of a model's layers: `python -m trainers.moments --backbone.source NAME --layers '[13,14]'`."""
+"""Second moments of a model's layers: `python -m trainers.moments --backbone.source NAME --layers 13,14`."""
 
 import sys
 

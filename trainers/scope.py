@@ -34,8 +34,8 @@ def scope(
     """Edit records with hook layers, then ask what these make of prompts, rephrases and locality queries.
 
     Args:
-        data: where the records come from.
-        backbone: the language model.
+        data: where the records come from: [{format: FORMAT, path: FILE, ...}, ...]; --data.help says which.
+        backbone: the language model, as --backbone.source NAME.
         editor: coachhook, by name, by file, or with changes ({editor: coachhook, scope: {alpha: 1}}).
         records: how many, drawn by `seed`; they are edited in the editor's batches, one on top of another.
         queries_per_kind: ask only so many rephrases and locality queries of each kind, of a record.

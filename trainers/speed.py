@@ -54,9 +54,10 @@ def speed(
 
     Args:
         editor: a folder written by trainers.export, of InComeS.
-        data: where the records come from. More edits than there are records are made up of theirs.
+        data: where the records come from: [{format: FORMAT, path: FILE, ...}, ...]; --data.help says which. More edits
+            than there are records are made up of theirs.
         baselines: icl, unedited; by default icl.
-        backbone: what the baselines run on; by default the exported editor's model.
+        backbone: what the baselines run on, as --backbone.source NAME; by default the exported editor's model.
         edits: how many edits stand at once; by default 100, 200, 500, 1000. Where there are
             fewer records than that, time and memory alone.
         queries: so many are decoded, and of so many records accuracy is measured.

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from trainers import command, evaluate, export, fit
+from trainers import ability, analyse, command, compare, edit, evaluate, export, fit, moments, scope, speed
 from trainers.callbacks.preemption import checkpoints
 from trainers.checkpoints.folder import digest, seal, stage
 from trainers.checkpoints.single import STATE, FolderIO
@@ -129,6 +129,21 @@ def test_a_wrong_config_is_named_with_its_file(tmp_path: Path) -> None:
         assert message.startswith(f"error: {said}")
         assert message.count("\n") == 1
         assert str(file) in message
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(evaluate.evaluate, edit.edit, export.export, moments.moments, scope.scope),
+        *(analyse.analyse, speed.speed, ability.ability, compare.compare),
+    ],
+)
+def test_help_describes_every_option_and_has_an_example(function: Callable[..., Any]) -> None:
+    parser = command.parser_of(function)
+    assert [a.dest for a in parser._actions if not (a.help or "").strip()] == []
+    said = " ".join(parser.format_help().split())
+    assert f"python -m trainers.{function.__name__} --" in said.split("options:")[1].replace(" a.json b.json", " --")
+    assert "top of this file" not in said
 
 
 def test_other_commands_say_what_is_wrong_in_one_line() -> None:

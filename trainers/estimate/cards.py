@@ -31,7 +31,7 @@ class Card:
     cpu: bool = False
 
 
-_KNOWN = {  # GiB, TFLOP/s in bf16 and in fp32
+KNOWN = {  # GiB, TFLOP/s in bf16 and in fp32
     "a100-40": (39.4, 312.0, 19.5),
     "a100-80": (79.2, 312.0, 19.5),
     "h100": (79.1, 989.4, 66.9),
@@ -64,9 +64,9 @@ def named(name: str) -> Card:
     if key == "cpu":
         return Card("CPU", psutil.virtual_memory().total, cpu=True)
     key = _ALSO.get(key, key)
-    if key not in _KNOWN:
-        raise ValueError(f"--gpu {name}: not in the table ({', '.join([*_KNOWN, 'cpu'])}); or give --gpu_memory GIB")
-    gib, tflops, wide = _KNOWN[key]
+    if key not in KNOWN:
+        raise ValueError(f"--gpu {name}: not in the table ({', '.join([*KNOWN, 'cpu'])}); or give --gpu_memory GIB")
+    gib, tflops, wide = KNOWN[key]
     return Card(key.upper(), int(gib * GIB), tflops * 1e12, wide * 1e12)
 
 

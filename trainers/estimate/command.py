@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainers.cli import TrainingCLI, fail
-from trainers.estimate.cards import Card, named, sized
+from trainers.estimate.cards import KNOWN, Card, named, sized
 from trainers.estimate.remedies import refuse
 from trainers.estimate.report import show
 from trainers.estimate.totals import estimate
@@ -48,8 +48,8 @@ def _own() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, help="of the whole job (default: trainer.devices x trainer.num_nodes)")
-    parser.add_argument("--gpu", help="a card by name, such as h100 or a100-80; cpu: this machine")
-    parser.add_argument("--gpu_memory", type=float, help="GiB of a card that has no name here")
+    parser.add_argument("--gpu", help=f"a card by name: {', '.join(KNOWN)}; cpu: this machine")
+    parser.add_argument("--gpu_memory", type=float, help="GiB of a card that has no name here; its speed is not known")
     return parser
 
 
