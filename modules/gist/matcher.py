@@ -1,10 +1,10 @@
 """Selection of our own: which edit does the text speak of? Asked once, low in the model, for all active layers.
 
 The published selection must learn from scratch that a layer's queries find the right gist among many; with the samples
-of a laptop it does not (README, "what was tried"). But a low layer's state at a token still says which word stands
-there, and in which company, and two texts about one subject have such a token in common. So an edit's address is the
-mean of its tokens' whitened states, and a token matches an edit by their cosine. Untrained, on CounterFact, the best
-match over a rephrased prompt's tokens is the right one of 100 edits in 95% of the cases; training sharpens it.
+of a laptop it does not ("What was tried" in RESULTS.md). But a low layer's state at a token still says which word
+stands there, and in which company, and two texts about one subject have such a token in common. So an edit's address is
+the mean of its tokens' whitened states, and a token matches an edit by their cosine. Untrained, on CounterFact, the
+best match over a rephrased prompt's tokens is the right one of 100 edits in 95% of the cases; training sharpens it.
 
 A match is carried: a token reads what it or any token before it in its row matched best. So the answer's tokens read
 the edit whose subject was named earlier, and text that names no edited subject reads nothing.
