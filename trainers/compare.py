@@ -152,4 +152,5 @@ def _name(entry: Entry, among: Sequence[Entry]) -> str:
 
 if __name__ == "__main__":
     given = list(takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
-    run(compare, [*([f"--files={json.dumps(given)}"] if given else []), *sys.argv[1 + len(given) :]])
+    files = [f"--files={json.dumps(given)}"] if given or len(sys.argv) == 1 else []  # they may stand in a --config
+    run(compare, [*files, *sys.argv[1 + len(given) :]])

@@ -189,5 +189,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.delitem(sys.modules, "trainers.compare")
     runpy.run_module("trainers.compare", run_name="__main__")
     assert "| memit | 75.0, +25.0" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["compare"])
+    with pytest.raises(SystemExit, match="error: give the files to compare: python -m "):
+        runpy.run_module("trainers.compare", run_name="__main__")
     with pytest.raises(SystemExit, match="error: mode: "):
         run(compare, [f"--files={json.dumps([one, two])}"])
