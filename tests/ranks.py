@@ -163,11 +163,14 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         buffers = {n: b.clone().cpu() for n, b in module.named_buffers() if n in module.trained_names()}
         answers = ask(module.editor(), cli.datamodule) if run.get("save") else None
     every: list[Any] = [watch.records]
+    timeouts: set[float] = set()
     if trainer.world_size > 1:
+        groups = torch.distributed.distributed_c10d._world.pg_map
+        timeouts = {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups}
         every = [None] * trainer.world_size
         torch.distributed.all_gather_object(every, watch.records)
     seen = {"losses": watch.losses, "params": params, "buffers": buffers, "records": every, "error": error}
-    return seen | {"answers": answers, "usage": watch.usage}
+    return seen | {"answers": answers, "usage": watch.usage, "timeouts": sorted(timeouts)}
 
 
 def not_a_number(trainer: Any, module: Any, rank: int, step: int | None) -> None:

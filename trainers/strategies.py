@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -135,12 +136,17 @@ class Zero(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
+        from deepspeed.comm import comm as deepspeed_comm
+
         assert self.parallel_devices is not None
         if self.root_device.type == "cuda":
             _validate_device_index_selection(self.parallel_devices)
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+        # most of DeepSpeed's messages go through groups of its own, which it makes with PyTorch's default timeout
+        backend: Any = deepspeed_comm.cdb
+        backend.new_group = partial(torch.distributed.new_group, timeout=self._timeout)
 
     def _format_config(self) -> None:
         super()._format_config()

@@ -94,6 +94,13 @@ def test_a_rank_that_is_gone_ends_the_other_in_time(how: signal.Signals, tmp_pat
         ended(processes)
 
 
+def test_the_timeout_is_that_of_every_group_of_ranks(tmp_path: Path) -> None:
+    """Of DeepSpeed's own as well, in which a rank would wait half an hour for one that is gone."""
+    args = [*TWO, *zero(2), "--trainer.strategy.init_args.timeout=45"]
+    seen = together(tmp_path, [{"name": "run", "args": args, "steps": 1}])["run"]
+    assert seen["timeouts"] == [45.0]
+
+
 def test_a_job_killed_while_it_saves_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     args = [*TWO, *zero(2), "--checkpoint.every_n_steps=2"]
     processes = start(tmp_path, [{"name": "run", "args": args, "steps": 8, "slow_save": 4}])

@@ -25,11 +25,12 @@ def test_scripts_parse(script: str) -> None:
 
 def test_torchrun_passes_a_signal_on_and_tells_of_the_checkpoint(tmp_path: Path) -> None:
     """Two ranks. The signal comes to torchrun, as from whoever stops a job."""
-    command = ["bash", LAUNCH / "torchrun.sh", *RUN, DDP[1], f"--run_dir={tmp_path}", "--trainer.max_steps=3"]
+    command = ["bash", LAUNCH / "torchrun.sh", *RUN, DDP[1], f"--run_dir={tmp_path}", "--trainer.max_steps=200"]
     ended = run(*command, *signal_at(1, parent="true"), GPUS_PER_NODE="2")
     assert ended.returncode == 143, ended.stderr
     assert "Starting with 2 processes" in ended.stderr
-    assert [path.name for path in whole(tmp_path / "checkpoints")] == ["step2.ckpt"]
+    (saved,) = whole(tmp_path / "checkpoints")
+    assert 2 <= int(saved.stem.removeprefix("step")) < 200  # torchrun passes it on when it next looks, some steps later
 
 
 def test_torchrun_ends_with_1_after_an_error() -> None:
