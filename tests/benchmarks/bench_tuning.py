@@ -8,12 +8,12 @@ On CPU, seconds of processor time; on CUDA, of the clock.
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+from clock import clock, device
 from torch import Tensor
 
 from datamodules.readers.facts import read_facts
@@ -24,15 +24,6 @@ from modules.interventions import hooked
 from modules.training_free.grace import GRACE, replaced, replacing
 from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from trainers.workers import Specs, build
-
-CUDA = torch.cuda.is_available()
-
-
-def clock() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def from_the_first_layer(backbone: Backbone, prompts: Sequence[Prompt], start: int) -> Prepared:
@@ -67,8 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     requests = [r.request for r in itertools.islice(read_facts("train"), args.edits)]
     backbone, editors = build(Specs(BackboneConfig(args.backbone, dtype="float32"), ("ft_m", "grace")))
-    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device}, {vars(args)}")
+    print(f"torch {torch.__version__}, {device()}, {vars(args)}")
 
     def timed(editor: Any) -> tuple[float, Tensor]:
         start = clock()

@@ -9,12 +9,12 @@ variants are timed on the first `--alone` edits. On CPU, seconds of processor ti
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from clock import CUDA, clock, device
 from torch import Tensor
 
 from datamodules.readers.facts import read_facts
@@ -25,15 +25,6 @@ from modules.training_free.subject import row
 from modules.training_free.templates import Contexts
 from modules.training_free.value_options import ValueOptions
 from modules.training_free.values import find_values, initial_outputs, place_names
-
-CUDA = torch.cuda.is_available()
-
-
-def clock() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def plain(
@@ -113,8 +104,7 @@ def main() -> None:
     seconds /= len(few)
     alone, singles = measure(lambda: [batched([r])[0] for r in few])
     together, found = measure(lambda: batched(requests))
-    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device}, {vars(args)}, {len(prefixes)} contexts")
+    print(f"torch {torch.__version__}, {device()}, {vars(args)}, {len(prefixes)} contexts")
     for name, each in (("plain", seconds), ("alone", alone / len(few)), ("batch", together / len(requests))):
         print(f"{name:6s} {each:8.3f} s an edit   {1 / each:8.3f} edits/s   x{seconds / each:.1f}")
     same = [float(F.cosine_similarity(a, b, dim=0)) for a, b in zip(expected, singles, strict=True)]
