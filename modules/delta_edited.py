@@ -4,7 +4,6 @@ Every edit has its own rows in each layer's deltas, and in what its method remem
 taken out again.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.interventions import Deltas, LowRank, low_rank, merge
+from modules.interventions import Deltas, LowRank, low_rank, merged
 from modules.saved_edits import kept_without, left_to_make, read_edits, write_edits
 from modules.summed import Summed
 
@@ -139,9 +138,7 @@ class DeltaEdited(Edited):
 
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
-        model = copy.deepcopy(self.backbone.model)
-        merge(model, self.weight_changes())
-        return model
+        return merged(self.backbone.model, self.weight_changes())
 
     def save(self, folder: Path) -> None:
         """Write deltas.safetensors and edits.json (the edits as text) to a folder."""

@@ -7,6 +7,7 @@ may be run again after it: the layers then see the terms of their first run (`re
 B rows, T tokens, r rank, n tokens of several edits side by side.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -250,3 +251,10 @@ def merge(model: nn.Module, terms: Mapping[str, LowRank | Tensor]) -> None:
         change = term.weight()[0] if isinstance(term, LowRank) else term  # [d_in, d_out]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         weight.copy_(weight + (change.T if isinstance(layer, nn.Linear) else change).to(weight.device))
+
+
+def merged(model: PreTrainedModel, changes: Mapping[str, LowRank | Tensor]) -> PreTrainedModel:
+    """A copy of a model with changes in its weights, in its precision; see `merge`."""
+    found = copy.deepcopy(model)
+    merge(found, changes)
+    return found

@@ -1,6 +1,5 @@
 """A small editor that changes weights, and what it was asked to do: for tests of what runs editors."""
 
-import copy
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.interventions import LowRank, low_rank, merge, shape
+from modules.interventions import LowRank, low_rank, merged, shape
 
 
 @dataclass
@@ -67,9 +66,7 @@ class NudgedModel(Edited):
         return NudgedModel(self.editor, self.backbone, requests, terms)
 
     def merge(self) -> PreTrainedModel:
-        model = copy.deepcopy(self.backbone.model)
-        merge(model, self.terms)
-        return model
+        return merged(self.backbone.model, self.terms)
 
 
 class Nudge(Editor):

@@ -225,7 +225,15 @@ def _tell_apart(wanted: Sequence[TrainingFree | Path], editors: Sequence[Editor]
     for one, editor in zip(wanted, editors, strict=True):
         if names.count(editor.name) > 1 and isinstance(one, Path):
             editor.name = f"{editor.name} ({one.name})"
-    names = [e.name for e in editors]
+    refuse_twins([e.name for e in editors])
+
+
+def refuse_twins(names: Sequence[str]) -> None:
+    """Refuse two editors of one name, by which results are told apart.
+
+    Raises:
+        ValueError: naming it.
+    """
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"two editors are called {twice!r}; give each a name: {{editor: ..., name: ...}}")

@@ -18,7 +18,7 @@ from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, load_bac
 from modules.editor import Editor
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
-from trainers.editors import Chosen, Spec, TrainingFree, choose, read
+from trainers.editors import Chosen, Spec, TrainingFree, choose, read, refuse_twins
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -55,9 +55,7 @@ def wanted_of(specs: Specs) -> list[TrainingFree | Path]:
     wanted = read(specs.editors)
     if specs.backbone is None and not any(isinstance(one, Path) for one in wanted):
         raise ValueError("nothing to evaluate on: give --editor DIR of an exported editor, or --backbone.source")
-    names = [*specs.baselines, *(one.name if isinstance(one, TrainingFree) else str(one) for one in wanted)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two editors are called {twice!r}; give each a name: {{editor: ..., name: ...}}")
+    refuse_twins([*specs.baselines, *(one.name if isinstance(one, TrainingFree) else str(one) for one in wanted)])
     device_named(specs.device)
     return wanted
 

@@ -1,6 +1,5 @@
 """One set of edits in a model's adapters, as an editor: it puts these edits in force, and knows no others."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +13,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone, adapters_off
 from modules.distill.start import moved, placed
 from modules.editor import Edited, TrainedEditor
-from modules.interventions import LowRank, low_rank, merge, shape
+from modules.interventions import LowRank, low_rank, merged, shape
 from modules.summed import Summed
 
 
@@ -52,9 +51,7 @@ class Distilled(Edited):
 
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
-        model = copy.deepcopy(self.backbone.model)
-        merge(model, self.weight_changes())
-        return model
+        return merged(self.backbone.model, self.weight_changes())
 
 
 class DistilledEditor(TrainedEditor):

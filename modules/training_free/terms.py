@@ -3,15 +3,12 @@
 G changes (1, or one of each row), B rows, T tokens.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modules.backbone import Backbone
-from modules.interventions import Hook, LowRank, hooked
+from modules.interventions import LowRank
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,6 @@ class Dense:
 
 
 Term = Dense | LowRank
-
-
-@contextmanager
-def added(backbone: Backbone, terms: Mapping[str, Term]) -> Iterator[None]:
-    """Add terms to the outputs of linear layers, by name, for the length of a `with`; rounded once, to the output's
-    precision."""
-
-    def adding(term: Term) -> Hook:
-        return lambda _, inputs, output: (output + term(inputs[0])).to(output.dtype)
-
-    with hooked(backbone.model, {name: adding(term) for name, term in terms.items()}):
-        yield
 
 
 def together(first: Term, then: Term) -> Term:
@@ -73,10 +58,3 @@ def shape_of(term: Term) -> tuple[int, int]:
     if isinstance(term, Dense):
         return term.d.shape[1], term.d.shape[2]
     return term.a.shape[2], term.b.shape[2]
-
-
-def as_low_rank(term: Term) -> LowRank:
-    """A dense change as factors, one of which is the identity."""
-    if isinstance(term, LowRank):
-        return term
-    return LowRank(torch.eye(term.d.shape[1], dtype=term.d.dtype, device=term.d.device)[None], term.d)

@@ -8,7 +8,6 @@ numbers a token.
 N edits, G changes (1, or N), B rows, T tokens.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.hypernetwork.batch import Scored
-from modules.interventions import LowRank, merge, shape
+from modules.interventions import LowRank, low_rank, merged, shape
 from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from modules.training_free.shared import encode_targets, load_state, save_state, to_make, tuning
 from modules.training_free.subject import Row
-from modules.training_free.terms import Dense, Term, added, as_low_rank, detached, row_of, shape_of, together
+from modules.training_free.terms import Dense, Term, detached, row_of, shape_of, together
 
 Objective = Literal["target", "prompt_last"]
 
@@ -168,7 +167,7 @@ class TuningEditor(Editor):
         self, backbone: Backbone, edits: Prepared, change: Change, optimizer: torch.optim.Adam, apart: bool
     ) -> bool:
         """Whether any change had a step to take."""
-        with added(backbone, change.terms()):
+        with low_rank(backbone.model, change.terms()):
             losses = edit_losses(backbone, edits)  # [N]
             losses = (losses if apart else losses.mean()[None]) + change.penalty()  # [G]
             if not bool(losses.isfinite().all()):
@@ -211,7 +210,7 @@ class Tuned(Edited):
         self.terms = dict(terms or {})
 
     def decode(self, ids: Tensor, mask: Tensor, state: Any = None, **options: Any) -> tuple[Any, Any]:
-        with added(self.backbone, self.terms):
+        with low_rank(self.backbone.model, self.terms):
             return super().decode(ids, mask, state, **options)
 
     @contextmanager
@@ -227,7 +226,7 @@ class Tuned(Edited):
         self.editor.names(self.backbone)
         if not new:
             return self
-        with torch.inference_mode(False), added(self.backbone, self.terms):
+        with torch.inference_mode(False), low_rank(self.backbone.model, self.terms):
             found = self.editor.tune(self.backbone, rows)
             terms = {name: together(self.terms[name], t) if name in self.terms else t for name, t in found.items()}
         return Tuned(self.editor, self.backbone, [*self.requests, *new], terms)
@@ -238,9 +237,7 @@ class Tuned(Edited):
 
     def merge(self) -> PreTrainedModel:
         """A plain model with the edits in its weights, in the backbone's precision; the backbone stays as it is."""
-        model = copy.deepcopy(self.backbone.model)
-        merge(model, {name: as_low_rank(term) for name, term in self.terms.items()})
-        return model
+        return merged(self.backbone.model, self.weight_changes())
 
     def save(self, folder: Path) -> None:
         """Write edits.safetensors and edits.json to a folder."""

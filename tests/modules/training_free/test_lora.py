@@ -9,8 +9,8 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited
+from modules.interventions import low_rank
 from modules.training_free.lora import Factors, LoRA, SingularFactors
-from modules.training_free.terms import added
 
 LAYERS = {
     "llama": ["self_attn.q_proj", "self_attn.v_proj"],
@@ -44,12 +44,12 @@ def test_the_factors_are_those_of_peft(tiny: Callable[..., Backbone], adalora: b
     mask = torch.ones_like(ids)
     with torch.no_grad():
         before = Edited(backbone).decode(ids, mask)[0].last_hidden_state
-        with added(backbone, change.terms()):
+        with low_rank(backbone.model, change.terms()):
             assert torch.equal(Edited(backbone).decode(ids, mask)[0].last_hidden_state, before)
         draw = torch.Generator().manual_seed(3)
         for leaf in change.leaves:
             leaf += 0.3 * torch.randn(leaf.shape, generator=draw)
-        with added(backbone, change.terms()):
+        with low_rank(backbone.model, change.terms()):
             found = Edited(backbone).decode(ids, mask)[0].last_hidden_state
         common = {"lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
         config = AdaLoraConfig(init_r=4, total_step=100, **common) if adalora else LoraConfig(r=4, **common)
