@@ -1,6 +1,5 @@
 """Sources of records as one data set: Arrow on disk, memory-mapped, so that millions of records cost no RAM."""
 
-import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +16,13 @@ from datasets.exceptions import DatasetGenerationError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
+from datamodules.files import located
 from datamodules.readers import FORMATS, read
 from datamodules.readers.base import DataError, SkippedRecords
 from datamodules.readers.hub import is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash
 
-DATA_FOLDER = "PALIMPSEST_DATA"
 _TOLD = "told: "  # begins a last row that is no record but what the reader skipped, said anew at each load
 _FEATURES = datasets.Features({"record": datasets.Value("string")})
 _SPREAD_ABOVE = 100_000  # records; below, starting processes takes longer than the work
@@ -89,17 +88,7 @@ class Source:
         """
         if self.path is None or self.format == "hub" or is_hub(self.path):
             return None
-        folder = os.environ.get(DATA_FOLDER)
-        places = [Path.cwd(), *([Path(folder).expanduser()] if folder else [])]
-        given = Path(self.path).expanduser()
-        other = given.with_suffix("") if given.suffix == ".gz" else given.with_name(f"{given.name}.gz")
-        for name in (given, other):  # packed or not, as it comes
-            for place in places:
-                if (found := place / name).exists():
-                    return found.resolve()
-        looked = f"looked in {' and in '.join(map(str, places))}"
-        hint = "" if folder else f"; {DATA_FOLDER}, which may name a folder of data, is not set"
-        raise FileNotFoundError(f"no data file {self.path} (format {self.format}): {looked}{hint}")
+        return located(self.path, f" (format {self.format})")
 
 
 class RecordDataset(Dataset[Slot]):

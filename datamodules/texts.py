@@ -8,20 +8,23 @@ from pathlib import Path
 
 import datasets
 
+from datamodules.files import sought
+
 
 def read_texts(source: str, field: str = "text", seed: int = 0) -> Iterator[str]:
     """The texts of a source.
 
     Args:
-        source: a local file, .gz or not, whose paragraphs (lines that are not empty) are the texts; or else a Hugging
-            Face data set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT, which is streamed in an order drawn by `seed`.
+        source: a file, packed or not (`datamodules.files` says where it is looked for), whose paragraphs (lines that
+            are not empty) are the texts; or else a Hugging Face data set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT,
+            which is streamed in an order drawn by `seed`.
         field: the column of such a data set.
 
     Raises:
         ValueError: where it is neither, or has no such column.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = sought(source)
+    if path and path.is_file():
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             yield from (line.strip() for line in lines if line.strip())
         return
@@ -41,8 +44,8 @@ def read_texts(source: str, field: str = "text", seed: int = 0) -> Iterator[str]
 
 def identity(source: str) -> str:
     """What tells a source from others: the hash of a file's content, or a data set's name."""
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = sought(source)
+    if not (path and path.is_file()):
         return source
     stat = path.stat()
     return _digest(path, stat.st_size, stat.st_mtime_ns)

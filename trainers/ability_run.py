@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from datamodules.files import located
 from datamodules.records import EditRecord
-from modules.ability.files import located
 from modules.ability.measure import measure
 from modules.ability.states import check, edited_models
 from modules.ability.task import Task, drawn

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from datamodules.files import located
 from datamodules.readers.counterfact import read_snippets
 from datamodules.readers.mquake import read_few_shot
 from datamodules.records import EditRecord
-from datamodules.sources import Source
 from modules.counterfact import CounterFact
 from modules.evaluation import Answers, TokenAccuracy
 from modules.fluency import References
@@ -47,7 +47,7 @@ class Demonstrations:
             if self.relations:
                 raise ValueError("demonstrations.relations needs demonstrations.multi_hop beside it")
             return FewShot()
-        files = [Source("records", path).located() if path else None for path in (self.multi_hop, self.relations)]
+        files = [located(path) if path else None for path in (self.multi_hop, self.relations)]
         return FewShot(**read_few_shot(str(files[0]), files[1]))
 
 
@@ -163,6 +163,6 @@ class Judging:
 @cache
 def _references(file: str) -> References:
     try:
-        return References(read_snippets(Source("records", file).located() or file))
+        return References(read_snippets(located(file)))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--references: {error}") from error

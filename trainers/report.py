@@ -10,6 +10,7 @@ A report is {"meta", "aggregate", "runs", "records"}; the last three are by edit
 import json
 import math
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich import box
 from rich.console import Console
@@ -148,6 +150,7 @@ def new_report(
         "backbone": asdict(backbone.config),
         "seed": seed,
         "versions": versions(),
+        "hardware": hardware(backbone.device),
         "protocols": dict(protocols),
     }
     return {"meta": meta, "aggregate": {}, "runs": {}, "records": {}}
@@ -381,3 +384,14 @@ def command_line() -> str:
     module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)
     start = ["python", "-m", module.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
     return shlex.join([*start, *sys.argv[1:]])
+
+
+def hardware(device: torch.device) -> str:
+    """The name of a device, for seconds that mean something: a GPU's, or the processor's with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    threads = torch.get_num_threads()
+    return f"{next(names, platform.machine())}, {threads} thread{'s' * (threads > 1)}"

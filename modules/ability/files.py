@@ -1,27 +1,9 @@
-"""Files of the tasks: where they lie, and rows of tables. JSON is read by `datamodules.readers.base.load_rows`."""
+"""Rows of tables. JSON is read by `datamodules.readers.base.load_rows`."""
 
 import csv
 import gzip
-import os
 from pathlib import Path
 from typing import IO, Any
-
-from datamodules.sources import DATA_FOLDER
-
-
-def located(path: str) -> Path:
-    """A file or folder, looked for from the working directory and then below the folder that PALIMPSEST_DATA names.
-
-    Raises:
-        FileNotFoundError: names the path and the places where it was looked for.
-    """
-    folder = os.environ.get(DATA_FOLDER)
-    places = [Path.cwd(), *([Path(folder).expanduser()] if folder else [])]
-    for place in places:
-        if (found := place / Path(path).expanduser()).exists():
-            return found.resolve()
-    hint = "" if folder else f"; {DATA_FOLDER}, which may name a folder of data, is not set"
-    raise FileNotFoundError(f"no file {path}: looked in {' and in '.join(map(str, places))}{hint}")
 
 
 def tsv(path: Path, columns: int) -> list[list[str]]:

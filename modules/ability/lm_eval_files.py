@@ -18,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 
-from modules.ability.files import located
+from datamodules.files import located
 
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234  # those of lm_eval.simple_evaluate
 TRUST = "trust_remote_code: true lets it"

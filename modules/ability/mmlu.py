@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from datamodules.files import located
 from modules.ability.choice import Choice
-from modules.ability.files import comma_separated, located
+from modules.ability.files import comma_separated
 from modules.ability.task import Example
 
 _LETTERS = ("A", "B", "C", "D")

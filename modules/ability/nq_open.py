@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from datamodules.files import located
 from datamodules.readers.base import load_rows
-from modules.ability.files import located
 from modules.ability.task import Answer, Example, Task
 from modules.editor import Edited
 from modules.metrics import exact_match, normalise

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from torchmetrics.functional.text.rouge import rouge_score
 
+from datamodules.files import located
 from datamodules.readers.base import load_rows
-from modules.ability.files import located
 from modules.ability.task import Answer, Example, Task
 from modules.editor import Edited
 

@@ -9,8 +9,8 @@ first and hold every answer, Natural Questions' were retrieved, so figures of th
 from dataclasses import dataclass
 from typing import ClassVar
 
+from datamodules.files import located
 from datamodules.readers.base import load_keyed
-from modules.ability.files import located
 from modules.ability.nq_open import NqOpen, asked
 from modules.ability.task import Example
 

@@ -10,8 +10,9 @@ Judgement: two-way, " positive" against " negative" by probability. The released
 from dataclasses import dataclass
 from typing import ClassVar
 
+from datamodules.files import located
 from modules.ability.choice import TwoWay
-from modules.ability.files import located, tsv
+from modules.ability.files import tsv
 from modules.ability.task import Example
 
 _ANSWERS = {"1": "positive", "0": "negative"}

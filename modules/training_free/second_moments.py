@@ -35,8 +35,8 @@ class Moments:
     """Over which text second moments are taken, and where they are kept.
 
     Args:
-        text: a file (.gz or not), a Hugging Face data set as NAME:CONFIG:SPLIT, or `model`: text drawn from the model
-            itself, where nothing else is at hand.
+        text: a file or a Hugging Face data set as NAME:CONFIG:SPLIT (see `datamodules.texts`), or `model`: text drawn
+            from the model itself, where nothing else is at hand.
         tokens: so many are counted. Papers: 100,000 articles of Wikipedia; no fewer than some times the layer's inputs.
         length: of a window of running text, in tokens.
         field: the column of a data set.

@@ -13,6 +13,7 @@ import pytest
 from datamodules.records import EditRecord, EditRequest
 from datamodules.schedule import Place
 from datamodules.sources import RecordDataset, Source, keep, load
+from datamodules.texts import identity, read_texts
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,9 @@ def test_files_are_found_packed_or_not(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
     assert Source("records", "a.jsonl.gz").located() == (tmp_path / "a.jsonl").resolve()
     assert Source("records", "b.jsonl").located() == (tmp_path / "b.jsonl.gz").resolve()
-    with pytest.raises(FileNotFoundError, match=r"no data file c\.jsonl\.gz"):
+    assert list(read_texts("b.jsonl")) == []
+    assert identity("b.jsonl.gz") == identity(str(tmp_path / "b.jsonl.gz")) != identity("owner/name")
+    with pytest.raises(FileNotFoundError, match=r"no file c\.jsonl\.gz"):
         Source("records", "c.jsonl.gz").located()
 
 

@@ -327,7 +327,7 @@ def test_a_checkpoint_error_in_training_is_one_line(quick: list[str], tmp_path: 
 def test_a_missing_file_of_records_is_named_before_anything_is_built(quick: list[str], tmp_path: Path) -> None:
     sources = f"[{{format: counterfact, path: {tmp_path / 'nowhere.json'}}}]"
     message, code = ends(fit.main, [*quick, f"--data.init_args.val={sources}"])
-    assert code.startswith("error: no data file")
+    assert code.startswith("error: no file")
     assert "nowhere.json" in code
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists()

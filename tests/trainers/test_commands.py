@@ -160,7 +160,7 @@ def test_edit_refuses_folders_before_a_model_is_loaded(
         (["--editor=icl"], "two editors are called 'icl'; give each a name"),
         (["--editor=ft_m", "--editor=ft_m"], "two editors are called 'ft_m'"),
         (["--baselines=[]"], "nothing to evaluate: give --editor, or --baselines"),
-        (["--protocol=mquake", "--demonstrations.multi_hop=no.txt"], "no data file no.txt"),
+        (["--protocol=mquake", "--demonstrations.multi_hop=no.txt"], "no file no.txt"),
     ],
 )
 def test_evaluate_refuses_before_a_model_is_loaded(tmp_path: Path, more: list[str], message: str) -> None:

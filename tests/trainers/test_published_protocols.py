@@ -166,7 +166,7 @@ def test_fluency_and_consistency_beside_the_unedited_model(tmp_path: Path, capsy
         ("zsre", ["--fluency=true"], "--fluency is of --protocol counterfact; the protocol is zsre"),
         ("counterfact", ["--references=x.json"], "--references are for the consistency"),
         ("counterfact", ["--fluency=true"], "record 'Lyon' has no generation prompts"),
-        ("counterfact", ["--fluency=true", "--references=x.json"], "--references: no data file x.json"),
+        ("counterfact", ["--fluency=true", "--references=x.json"], "--references: no file x.json"),
     ],
 )
 def test_fluency_that_cannot_be_is_refused_before_a_model_is_loaded(

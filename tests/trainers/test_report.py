@@ -83,6 +83,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
     meta = report["meta"]
     assert set(meta) == {
         "date",
+        "hardware",
         "command",
         "data",
         "records",

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,8 @@ class Benchmark:
         out: the folder of results. What is finished there, of the same editor, weights, records and run, is kept.
         workers: processes that take cells; on GPUs each has one of its own. 0: as many as there are GPUs, else 1.
         answers: of so many records of each cell, generated answers are kept for reading.
+        only: run these cells alone, by patterns of their files' names (counterfact/batch-1000/*, */memit); none for an
+            empty list. Tables, figures and answers are of all cells that are finished.
     """
 
     datasets: dict[str, GridDataset]
@@ -94,6 +97,7 @@ class Benchmark:
     out: str = "runs/benchmark"
     workers: int = 0
     answers: int = 10
+    only: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not self.datasets or not self.runs:
@@ -140,9 +144,14 @@ class Cell:
         return f"{self.dataset}, {self.mode} {'/'.join(map(str, self.edits))}, {self.editor}"
 
     def file(self, out: Path) -> Path:
+        return out / "cells" / f"{self.place}.json"
+
+    @property
+    def place(self) -> str:
+        """The name of its file: data set/run/editor."""
         run = f"{self.mode}-{'-'.join(map(str, self.edits))}" + (f"-by{self.batch}" if self.batch > 1 else "")
         run += f"-asked{self.asked}" if self.asked is not None else ""
-        return out / "cells" / self.dataset / run / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', self.editor)}.json"
+        return f"{self.dataset}/{run}/{re.sub(r'[^A-Za-z0-9_.+-]+', '_', self.editor)}"
 
     def key(self) -> str:
         """A hash of all that the result hangs on."""
@@ -150,6 +159,21 @@ class Cell:
         told = [self.dataset, self.editor, self.mode, self.edits, self.batch, texts, self.facts, self.about]
         told += [] if self.asked is None else [self.asked]
         return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def matching(cells: Sequence[Cell], only: Sequence[str] | None) -> list[Cell]:
+    """The cells that some patterns name; all of them without patterns.
+
+    Raises:
+        ValueError: for a pattern that names none.
+    """
+    for pattern in only or ():
+        if not any(fnmatch(cell.place, pattern) for cell in cells):
+            raise ValueError(
+                f"benchmark.only: no cell is called {pattern!r}; they are called as {cells[0].place}, and * stands for "
+                "any text"
+            )
+    return list(cells) if only is None else [c for c in cells if any(fnmatch(c.place, p) for p in only)]
 
 
 def spans(run: GridRun) -> Iterator[tuple[int, tuple[int, ...]]]:

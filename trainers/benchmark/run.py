@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.cell import run_cell
 from trainers.benchmark.figures import write_figures
-from trainers.benchmark.grid import Benchmark, Cell, spans
+from trainers.benchmark.grid import Benchmark, Cell, matching, spans
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
-from trainers.report import command_line, write_json
+from trainers.report import command_line, hardware, write_json
 from trainers.result_cache import code
 from trainers.workers import Specs, built, spread
 
@@ -85,13 +86,13 @@ def run_benchmark(
         seed: that drew the records; of the bootstrap.
 
     Returns:
-        The results of all cells, in the grid's order.
+        The results of all cells, in the grid's order; of one that was not run, what it is of.
     """
     console = console or Console()
     out, now = Path(benchmark.out), code()
     cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
     done = {cell: found for cell in cells if (found := _finished(cell, out)) is not None}
-    left = [cell for cell in cells if cell not in done]
+    left = [cell for cell in matching(cells, benchmark.only) if cell not in done]
     if done:
         console.print(f"{len(done)} of {len(cells)} cells are finished in {out}", highlight=False)
         if others := sum(found.get("code") != now for found in done.values()):
@@ -105,11 +106,12 @@ def run_benchmark(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=sum(map(_work, left)))
         for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, shown, task), 1):
-            write_json(cell.file(out), {"key": cell.key(), "code": now, **_about(cell, backbone), **result})
+            made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(backbone.device)}
+            write_json(cell.file(out), {"key": cell.key(), "code": now, **made, **_about(cell, backbone), **result})
             done[cell] = _finished(cell, out) or result
             error = f": {result['error']}" if "error" in result else ""
             console.print(f"[{n}/{len(left)}] {cell.name}{error}", style="red" if error else "", highlight=False)
-    results = [{**_about(cell, backbone), **done[cell]} for cell in cells]
+    results = [{**_about(cell, backbone), **done.get(cell, {})} for cell in cells]
     write_csv(results, out / "results.csv")
     write_tables(results, out)
     write_figures(results, out / "figures")

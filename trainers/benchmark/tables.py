@@ -94,7 +94,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
     for result, point in points(results):
         key = (result["dataset"], result["mode"], result["batch"], point["edits"])
         groups.setdefault(key, []).append((result, point))
-    failed = [r for r in results if "error" in r]
+    without = [r for r in results if "points" not in r]
     for (dataset, mode, batch, edits), members in groups.items():
         of = f"{edits} edits" if edits > 1 else "single edits"
         how = mode + (f" by {batch}" if mode == "consecutive" else "")
@@ -124,15 +124,25 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
-        notes += _codes([r for r, _ in members])
-        notes += [
-            f"{r['editor']} failed: {r['error']}"
-            for r in failed
+        notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
+        lacking = [
+            r
+            for r in without
             if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch)
             and (mode != "batch" or edits in r["edits"])
         ]
+        notes += [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
+        if left := [r["editor"] for r in lacking if "error" not in r]:
+            notes.append(f"Not run yet: {', '.join(left)}.")
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
         yield f"{dataset}, {how}, {of}", heads, rows, notes
+
+
+def _made(members: Sequence[Result]) -> list[str]:
+    """A line that says when and on what a table's cells were computed; older ones do not tell."""
+    days = sorted({r["date"][:10] for r in members if "date" in r})
+    on = dict.fromkeys(r["hardware"] for r in members if "hardware" in r)
+    return [f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, on {'; '.join(on)}."] if days else []
 
 
 def _codes(members: Sequence[Result]) -> list[str]:

@@ -59,8 +59,35 @@ def cells(folder: Path) -> dict[str, dict[str, Any]]:
     return {str(f.relative_to(folder / "out" / "cells")): json.loads(f.read_text()) for f in files}
 
 
+def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config(tmp_path)
+    run(evaluate, [f"--config={file}", "--benchmark.only=['*/unedited', 'facts/batch-*/ft_m']"])
+    found = cells(tmp_path)
+    assert set(found) == {
+        *(f"facts/{r}/unedited.json" for r in ("single-2", "batch-2", "batch-4", "consecutive-2-4-by2")),
+        "facts/batch-2/ft_m.json",
+        "facts/batch-4/ft_m.json",
+    }
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert table.count("Not run yet: icl_right_edit.") == 2  # batches of 2 and 4
+    assert table.count("Not run yet: icl_right_edit, ft_m.") == 1  # singles
+    assert table.count("Not run yet: ft_m.") == 2  # after 2 and after 4 in batches; nothing is said of an upper bound
+    monkeypatch.setattr(benchmark_run, "run_cell", None)
+    capsys.readouterr()
+    run(evaluate, [f"--config={file}", "--benchmark.only=[]"])
+    assert "6 of 11 cells are finished" in capsys.readouterr().out
+    assert (tmp_path / "out" / "tables.md").read_text() == table
+    with pytest.raises(SystemExit) as stopped:
+        run(evaluate, [f"--config={file}", "--benchmark.only=[memit]"])
+    said = "benchmark.only: no cell is called 'memit'; they are called as facts/single-2/unedited"
+    assert said in str(stopped.value.code)
+    assert all(cell["hardware"] and cell["date"].endswith("+00:00") for cell in found.values())
+
+
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
-    told = {k: v for k, v in result.items() if k not in ("memory", "command")}
+    told = {k: v for k, v in result.items() if k not in ("memory", "command", "date")}
     told["points"] = [{k: v for k, v in p.items() if not k.endswith("_seconds")} for p in result["points"]]
     return told
 

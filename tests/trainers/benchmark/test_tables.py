@@ -103,6 +103,21 @@ def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:
     assert "rome\\_x & \\textbf{90.0 (80-100)}" in latex
 
 
+def test_tables_say_when_and_on_what_and_what_is_left(tmp_path: Path) -> None:
+    left = result("kn", [point(100, 0, 0, 0)])
+    del left["points"]
+    made = {"date": "2026-11-27T12:00:00+00:00", "hardware": "AMD EPYC, 1 thread"}
+    later = made | {"date": "2026-11-29T12:00:00+00:00"}
+    write_tables([r | made for r in results()[:3]] + [results()[4] | later, left], tmp_path)
+    first, second = (tmp_path / "tables.md").read_text().split("## ")[1:]
+    assert "2026-11-27, on AMD EPYC, 1 thread." in first
+    assert "Not run" not in first
+    assert "2026-11-27 to 2026-11-29, on AMD EPYC, 1 thread." in second
+    assert "Not run yet: kn." in second
+    write_tables(results(), tmp_path)  # cells of before say nothing
+    assert " on " not in (tmp_path / "tables.md").read_text()
+
+
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
     given = results()
     for one in (given[1], given[2]):  # rome_x, as its cells are read from their files

@@ -1,0 +1,39 @@
+"""Where files that a user names are looked for."""
+
+import os
+from pathlib import Path
+
+DATA_FOLDER = "PALIMPSEST_DATA"  # the environment variable that names a folder of data
+
+
+def located(path: str | Path, what: str = "") -> Path:
+    """A file or folder, looked for from the working directory and then below the folder that PALIMPSEST_DATA names, a
+    file under this name or with or without a final .gz.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        FileNotFoundError: names the path and the places where it was looked for.
+    """
+    there = sought(path)
+    if there is None:
+        hint = "" if os.environ.get(DATA_FOLDER) else f"; {DATA_FOLDER}, which may name a folder of data, is not set"
+        raise FileNotFoundError(f"no file {path}{what}: looked in {' and in '.join(map(str, _places()))}{hint}")
+    return there
+
+
+def sought(path: str | Path) -> Path | None:
+    """The same, or None where there is nothing."""
+    given = Path(path).expanduser()
+    other = given.with_suffix("") if given.suffix == ".gz" else given.with_name(f"{given.name}.gz")
+    for name in (given, other):  # packed or not, as it comes
+        for place in _places():
+            if (found := place / name).exists():
+                return found.resolve()
+    return None
+
+
+def _places() -> list[Path]:
+    folder = os.environ.get(DATA_FOLDER)
+    return [Path.cwd(), *([Path(folder).expanduser()] if folder else [])]
