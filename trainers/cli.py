@@ -95,6 +95,7 @@ class TrainingCLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_class=TrainingParser,
+            auto_configure_optimizers=False,  # each module configures its own, by its keys
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -88,6 +88,7 @@ def test_printed_config_is_the_same_config(tmp_path: Path) -> None:
         ("--trainer.max_stepz=3", "the nearest is --trainer.max_steps"),
         ("--trainer.max_step=3", "the nearest is --trainer.max_steps"),  # an abbreviation is no key
         ("--max_steps=3", "the nearest is --trainer.max_steps"),
+        ("--optimizer=Adam", "--optimizer: no such key"),  # a module configures its own
         ("--modle.init_args.optimizer.lr=3", "the nearest is --model.init_args.optimizer.lr"),
         ("--trainer.precision=17", "--trainer.precision: expected one of 64, 32, 16 or"),
         (
