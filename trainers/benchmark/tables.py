@@ -142,7 +142,7 @@ def _made(members: Sequence[Result]) -> list[str]:
     """A line that says when and on what a table's cells were computed; older ones do not tell."""
     days = sorted({r["date"][:10] for r in members if "date" in r})
     on = dict.fromkeys(r["hardware"] for r in members if "hardware" in r)
-    return [f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}, on {'; '.join(on)}."] if days else []
+    return [f"Computed {' to '.join(dict.fromkeys([days[0], days[-1]]))}, on {'; '.join(on)}."] if days else []
 
 
 def _codes(members: Sequence[Result]) -> list[str]:
