@@ -26,7 +26,7 @@ def located(path: str | Path, what: str = "") -> Path:
 def sought(path: str | Path) -> Path | None:
     """The same, or None where there is nothing."""
     given = Path(path).expanduser()
-    other = given.with_suffix("") if given.suffix == ".gz" else given.with_name(f"{given.name}.gz")
+    other = given.with_suffix("") if given.suffix == ".gz" else Path(f"{given}.gz")
     for name in (given, other):  # packed or not, as it comes
         for place in _places():
             if (found := place / name).exists():

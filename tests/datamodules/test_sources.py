@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from datamodules.files import sought
 from datamodules.records import EditRecord, EditRequest
 from datamodules.schedule import Place
 from datamodules.sources import RecordDataset, Source, keep, load
@@ -102,6 +103,8 @@ def test_files_are_found_packed_or_not(tmp_path: Path, monkeypatch: pytest.Monke
     assert Source("records", "a.jsonl.gz").located() == (tmp_path / "a.jsonl").resolve()
     assert Source("records", "b.jsonl").located() == (tmp_path / "b.jsonl.gz").resolve()
     assert list(read_texts("b.jsonl")) == []
+    assert sought(".") == Path.cwd()
+    assert sought("c.jsonl") is None
     assert identity("b.jsonl.gz") == identity(str(tmp_path / "b.jsonl.gz")) != identity("owner/name")
     with pytest.raises(FileNotFoundError, match=r"no file c\.jsonl\.gz"):
         Source("records", "c.jsonl.gz").located()
