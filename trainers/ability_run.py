@@ -148,9 +148,9 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"tasks need different names, since results are filed by name; got {', '.join(names)}")
     missing = []
-    for path in (getattr(task, "path", None) for task in tasks):  # lm-eval's have none
+    for path in filter(None, (getattr(task, "path", None) for task in tasks)):  # lm-eval's have none
         try:
-            located(path or ".")
+            located(path)
         except FileNotFoundError as error:
             missing.append(str(error))
     _refuse_without(len(tasks) - len(missing), missing)

@@ -3,7 +3,6 @@
 The paper's tables 4 and 5 and figure 3: seconds to encode edits and to decode under them, memory, and accuracy.
 """
 
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from trainers.benchmark.cell import held
 from trainers.callbacks.gist_drawing import speed_figure
 from trainers.command import run
 from trainers.evaluation_run import bar
-from trainers.report import check_folder, command_line, write_json, write_text
+from trainers.report import check_folder, command_line, hardware, write_json, write_text
 from trainers.workers import device_named
 
 BASELINES: dict[str, type[Editor]] = {e.name: e for e in (InContext, Unedited)}
@@ -100,7 +99,7 @@ def speed(
         "seed": seed,
         "queries": queries,
         "new_tokens": new_tokens,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu",
+        "device": hardware(place),
         "threads": torch.get_num_threads(),
         "dtype": str(model.model.dtype),
         "versions": versions(),

@@ -89,7 +89,7 @@ def run_benchmark(
         The results of all cells, in the grid's order; of one that was not run, what it is of.
     """
     console = console or Console()
-    out, now = Path(benchmark.out), code()
+    out, now, on = Path(benchmark.out), code(), hardware(backbone.device)
     cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
     done = {cell: found for cell in cells if (found := _finished(cell, out)) is not None}
     left = [cell for cell in matching(cells, benchmark.only) if cell not in done]
@@ -106,7 +106,7 @@ def run_benchmark(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=sum(map(_work, left)))
         for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, shown, task), 1):
-            made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(backbone.device)}
+            made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": on}
             write_json(cell.file(out), {"key": cell.key(), "code": now, **made, **_about(cell, backbone), **result})
             done[cell] = _finished(cell, out) or result
             error = f": {result['error']}" if "error" in result else ""
