@@ -6,6 +6,7 @@ Published: MEMIT with all of the edits (paper, section 4.2; without it specifici
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import file_digest, sha256
@@ -53,7 +54,12 @@ def make(start: Editor, backbone: Backbone, requests: Sequence[EditRequest], wei
         )
     part = place.with_name(f".{place.name}.{os.getpid()}")
     keep(changes, requests, part)
-    os.replace(part, place)
+    try:
+        os.replace(part, place)
+    except OSError:  # another run has made the same edits meanwhile: a folder that is not empty is not replaced
+        if not (place / FILE).is_file():
+            raise
+        shutil.rmtree(part)
     return place
 
 

@@ -124,6 +124,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
+        notes += _kept([r for r, _ in members])
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
         lacking = [
             r
@@ -136,6 +137,14 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
             notes.append(f"Not run yet: {', '.join(left)}.")
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
         yield f"{dataset}, {how}, {of}", heads, rows, notes
+
+
+def _kept(members: Sequence[Result]) -> list[str]:
+    """A line that says whose seconds are not the method's: value vectors that an earlier cell found are read."""
+    kept = [r["editor"] for r in members if (r.get("facts", {}).get("init_args", {}).get("values") or {}).get("keep")]
+    if not kept:
+        return []
+    return [f"Value vectors are found once for all runs, where s / edit then lacks their search: {', '.join(kept)}."]
 
 
 def _made(members: Sequence[Result]) -> list[str]:

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,31 @@ def test_editors_are_known_by_their_settings(kind: str) -> None:
     """Two of the same settings are the same editor, so that what one has made the other need not make again."""
     one, two = (pickle.dumps(getattr(training_free, kind)(), protocol=4) for _ in range(2))
     assert one == two
+
+
+def test_two_runs_may_make_the_same_start_at_once(
+    tiny: Callable[..., Backbone], records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, requests = tiny(), [r.request for r in records]
+    place = make(FTM(layers=[1], steps=2, lr=0.1), backbone, requests, "w", tmp_path / "alone")
+    whole, keep = tmp_path / "both" / place.name, start.keep
+
+    def slower(changes: Any, asked: Any, folder: Path) -> None:
+        keep(changes, asked, folder)
+        keep(changes, asked, whole)  # the other run is done first
+
+    monkeypatch.setattr(start, "keep", slower)
+    made = make(FTM(layers=[1], steps=2, lr=0.1), backbone, requests, "w", tmp_path / "both")
+    assert made == whole
+    assert [p.name for p in whole.parent.iterdir()] == [whole.name]  # and nothing is left over
+    assert read(made, backbone).keys() == read(place, backbone).keys()
+
+    def elsewhere(changes: Any, asked: Any, folder: Path) -> None:
+        keep(changes, asked, folder)
+        whole.mkdir(exist_ok=True)
+        (whole / "other").touch()
+
+    monkeypatch.setattr(start, "keep", elsewhere)
+    (whole / start.FILE).unlink()
+    with pytest.raises(OSError, match="not empty"):
+        make(FTM(layers=[1], steps=2, lr=0.1), backbone, requests, "w", tmp_path / "both")

@@ -118,6 +118,16 @@ def test_tables_say_when_and_on_what_and_what_is_left(tmp_path: Path) -> None:
     assert " on " not in (tmp_path / "tables.md").read_text()
 
 
+def test_tables_say_whose_seconds_lack_the_search_of_values(tmp_path: Path) -> None:
+    kept, anew = ({"facts": {"init_args": {"values": values}}} for values in ({"keep": True}, {"keep": False}))
+    some = [result("memit", [point(1, 0.8, 0.6, 0.7)], **kept), result("rome", [point(1, 0.8, 0.6, 0.7)], **anew)]
+    write_tables(some, tmp_path)
+    lines = (tmp_path / "tables.md").read_text().splitlines()
+    assert [line.rpartition(": ")[2] for line in lines if "found once" in line] == ["memit."]
+    write_tables(some[1:], tmp_path)
+    assert "found once" not in (tmp_path / "tables.md").read_text()
+
+
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
     given = results()
     for one in (given[1], given[2]):  # rome_x, as its cells are read from their files
