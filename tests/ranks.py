@@ -120,6 +120,7 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         losses: list[float]
         records: list[list[str]]
         usage: list[tuple[int, int, int]]
+        answers: list[Any] | None = None
 
         def on_fit_start(self, trainer: Any, module: Any) -> None:
             self.losses, self.records, self.usage = [], [], []
@@ -144,6 +145,8 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         def on_train_end(self, trainer: Any, module: Any) -> None:
             if run.get("save"):
                 trainer.checkpoint_callback.save(trainer)
+                with getattr(trainer.strategy, "gathered", nullcontext)():  # after fit the module is on the CPU
+                    self.answers = ask(module.editor(), trainer.datamodule)
 
     config = run.get("config", "incomes_tiny")
     args = [f"--config={config}", *QUIET, *CONFIGS[config], *HALVES, f"--run_dir={folder / run['name']}", *run["args"]]
@@ -162,7 +165,6 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     with gathered():
         params = {n: p.detach().float().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
         buffers = {n: b.clone().cpu() for n, b in module.named_buffers() if n in module.trained_names()}
-        answers = ask(module.editor(), cli.datamodule) if run.get("save") else None
     every: list[Any] = [watch.records]
     timeouts: set[float] = set()
     if trainer.world_size > 1:
@@ -171,7 +173,7 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         every = [None] * trainer.world_size
         torch.distributed.all_gather_object(every, watch.records)
     seen = {"losses": watch.losses, "params": params, "buffers": buffers, "records": every, "error": error}
-    return seen | {"answers": answers, "usage": watch.usage, "timeouts": sorted(timeouts)}
+    return seen | {"answers": watch.answers, "usage": watch.usage, "timeouts": sorted(timeouts)}
 
 
 def not_a_number(trainer: Any, module: Any, rank: int, step: int | None) -> None:
@@ -234,7 +236,7 @@ def ask(editor: Any, datamodule: Any) -> list[Any]:
     records = datamodule.validation_records()[:4]
     asked = [q for r in records for q in r.rephrases]
     with torch.no_grad(), editor.edit(editor.model.backbone, [r.request for r in records]) as edited:
-        return [a.log_probs for a in edited.score([q.prompt for q in asked], [q.target for q in asked])]
+        return [a.log_probs.cpu() for a in edited.score([q.prompt for q in asked], [q.target for q in asked])]
 
 
 def main(spec: Path) -> None:
