@@ -10,10 +10,10 @@ from typing import Any, Literal
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig
 from modules.modes import stops_of
-from trainers.benchmark.grid import Benchmark
+from trainers.benchmark.grid import Benchmark, check_only, places
 from trainers.benchmark.run import records_of, run_benchmark
 from trainers.command import run
-from trainers.editors import Spec
+from trainers.editors import Spec, TrainingFree
 from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
 from trainers.protocols import Demonstrations, Judging, Protocol
 from trainers.report import check_file, check_folder
@@ -99,7 +99,8 @@ def evaluate(
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
     check_file(Path(out), "--out")
     specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device)
-    if not (wanted_of(specs) or baselines):
+    wanted = wanted_of(specs)
+    if not (wanted or baselines):
         raise ValueError("nothing to evaluate: give --editor, or --baselines")
     if benchmark:
         if data:
@@ -107,6 +108,9 @@ def evaluate(
         if replace(judging, exact_match=False) != Judging():
             raise ValueError("--protocol and its options: each of benchmark.datasets names its own; leave them out")
         check_folder(Path(benchmark.out), "benchmark.out")
+        named = [one.name for one in wanted if isinstance(one, TrainingFree)]
+        if len(named) == len(wanted):  # an exported editor's name is known once it is loaded
+            check_only(places(benchmark, [*baselines, *named]), benchmark.only)
         chosen = records_of(benchmark, seed)
         run_benchmark(benchmark, chosen, specs, *build(specs), seed=seed, batch_size=batch_size)
         return

@@ -148,10 +148,8 @@ class Cell:
 
     @property
     def place(self) -> str:
-        """The name of its file: data set/run/editor."""
-        run = f"{self.mode}-{'-'.join(map(str, self.edits))}" + (f"-by{self.batch}" if self.batch > 1 else "")
-        run += f"-asked{self.asked}" if self.asked is not None else ""
-        return f"{self.dataset}/{run}/{re.sub(r'[^A-Za-z0-9_.+-]+', '_', self.editor)}"
+        """The name of its file."""
+        return place(self.dataset, self.mode, self.edits, self.batch, self.asked, self.editor)
 
     def key(self) -> str:
         """A hash of all that the result hangs on."""
@@ -161,18 +159,49 @@ class Cell:
         return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def place(dataset: str, mode: Mode, edits: Sequence[int], batch: int, asked: int | None, editor: str) -> str:
+    """The name of a cell's file: data set/run/editor."""
+    run = f"{mode}-{'-'.join(map(str, edits))}" + (f"-by{batch}" if batch > 1 else "")
+    run += f"-asked{asked}" if asked is not None else ""
+    return f"{dataset}/{run}/{re.sub(r'[^A-Za-z0-9_.+-]+', '_', editor)}"
+
+
+def places(benchmark: Benchmark, editors: Sequence[str]) -> list[str]:
+    """The names of all cells of some editors, before anything is loaded; among them those of upper bounds in runs that
+    have none."""
+    return [
+        place(name, run.mode, edits, run.steps, run.asked, editor)
+        for name in benchmark.datasets
+        for run in benchmark.runs
+        for _, edits in spans(run)
+        for editor in editors
+    ]
+
+
+def check_only(found: Sequence[str], only: Sequence[str] | None) -> None:
+    """Refuse a pattern that names no cell.
+
+    Args:
+        found: the names of all cells.
+
+    Raises:
+        ValueError: for such a pattern; it says how cells are called.
+    """
+    for pattern in only or ():
+        if not any(fnmatch(name, pattern) for name in found):
+            raise ValueError(
+                f"benchmark.only: no cell is called {pattern!r}; they are called as {found[0]}, and * stands for "
+                "any text"
+            )
+
+
 def matching(cells: Sequence[Cell], only: Sequence[str] | None) -> list[Cell]:
     """The cells that some patterns name; all of them without patterns.
 
     Raises:
         ValueError: for a pattern that names none.
     """
-    for pattern in only or ():
-        if not any(fnmatch(cell.place, pattern) for cell in cells):
-            raise ValueError(
-                f"benchmark.only: no cell is called {pattern!r}; they are called as {cells[0].place}, and * stands for "
-                "any text"
-            )
+    check_only([cell.place for cell in cells], only)
     return list(cells) if only is None else [c for c in cells if any(fnmatch(c.place, p) for p in only)]
 
 

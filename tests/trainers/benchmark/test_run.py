@@ -79,6 +79,7 @@ def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
     run(evaluate, [f"--config={file}", "--benchmark.only=[]"])
     assert "6 of 11 cells are finished" in capsys.readouterr().out
     assert (tmp_path / "out" / "tables.md").read_text() == table
+    monkeypatch.setattr("trainers.evaluate.build", None)  # refused before anything is loaded
     with pytest.raises(SystemExit) as stopped:
         run(evaluate, [f"--config={file}", "--benchmark.only=[memit]"])
     said = "benchmark.only: no cell is called 'memit'; they are called as facts/single-2/unedited"
