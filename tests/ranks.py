@@ -236,7 +236,7 @@ def ask(editor: Any, datamodule: Any) -> list[Any]:
     records = datamodule.validation_records()[:4]
     asked = [q for r in records for q in r.rephrases]
     with torch.no_grad(), editor.edit(editor.model.backbone, [r.request for r in records]) as edited:
-        return [a.log_probs.cpu() for a in edited.score([q.prompt for q in asked], [q.target for q in asked])]
+        return [a.log_probs for a in edited.score([q.prompt for q in asked], [q.target for q in asked])]
 
 
 def main(spec: Path) -> None:

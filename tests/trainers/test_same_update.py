@@ -76,8 +76,8 @@ def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], sp
     expected = steps(one["losses"], 2)  # 0.3 to 2
     # sums in another order part by 1e-7, and what has parted parts further: 2e-5 after 17 steps on one processor, below
     # 1e-5 on another. A gradient that is wrong shows at once
-    assert two["losses"][:3] == pytest.approx(expected[:3], rel=3e-6)
-    assert two["losses"] == pytest.approx(expected, rel=1e-4)
+    for part_of, rel in ((slice(0, 3), 3e-6), (slice(3, 16), 1e-5), (slice(16, STEPS), 5e-5)):
+        assert two["losses"][part_of] == pytest.approx(expected[part_of], rel=rel)
     assert two["params"].keys() == one["params"].keys()
     for name, tensor in one["params"].items():
         torch.testing.assert_close(two["params"][name], tensor, rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
