@@ -66,6 +66,10 @@ class DeltaEdited(Edited):
             return {name: Summed.of(d) for name, d in self.deltas.items()}
 
     @property
+    def shares_prefixes(self) -> bool:
+        return type(self).decode is DeltaEdited.decode
+
+    @property
     def method(self) -> str:
         """Whose edits these are: what the method remembers of them is of no use to another."""
         raise NotImplementedError

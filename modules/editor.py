@@ -10,8 +10,9 @@ B rows, T tokens, d hidden width, n target tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from datamodules.records import EditRequest
 from datamodules.tokens import Encoded, encode, pad, pad_id
 from modules.backbone import Backbone
 from modules.interventions import LowRank
+from modules.prefixes import alike, can_share, repeated
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Edited:
         """
         return self.backbone.decode(input_ids=ids, attention_mask=mask, **options), None
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether tokens that rows begin with may be read once for all of them, with their keys and values as all that
+        is kept. A subclass with a `decode` of its own says so, if nothing in it looks back or ahead by other ways."""
+        return type(self).decode is Edited.decode
+
     def edit(self, requests: Sequence[EditRequest]) -> "AbstractContextManager[Edited]":
         """Consecutive editing, on top of what is already edited."""
         raise NotImplementedError(f"{type(self).__name__} cannot take further edits; make all edits in one call")
@@ -110,12 +118,13 @@ class Edited:
             encode(self.backbone.tokenizer, p, t, bos=self.bos and not self.context)
             for p, t in zip(prompts, targets, strict=True)
         ]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # equal lengths together: less padding
+        return self._score_rows(rows, batch_size, top_k)
+
+    def _score_rows(self, rows: Sequence[Encoded], batch_size: int, top_k: int) -> list[TargetScore]:
         scores: dict[int, TargetScore] = {}
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
-            for i, score in zip(batch, self._score([rows[i] for i in batch], top_k), strict=True):
-                scores[i] = score
+        for reader, batch, read in self._batches([r.ids for r in rows], [r.target_start for r in rows], batch_size):
+            left = [Encoded(rows[i].ids[read:], rows[i].target_start - read) for i in batch]
+            scores.update(zip(batch, reader._score(left, top_k), strict=True))
         return [scores[i] for i in range(len(rows))]
 
     def _score(self, rows: Sequence[Encoded], top_k: int = 0) -> list[TargetScore]:
@@ -151,15 +160,38 @@ class Edited:
         Raises:
             ValueError: for an empty prompt, or where a continuation would leave the context window.
         """
-        tokenizer = self.backbone.tokenizer
-        rows = [encode(tokenizer, p, bos=self.bos and not self.context).ids for p in prompts]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        rows = [encode(self.backbone.tokenizer, p, bos=self.bos and not self.context).ids for p in prompts]
+        return self._generate_rows(rows, max_new_tokens, batch_size)
+
+    def _generate_rows(self, rows: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> list[str]:
         texts: dict[int, str] = {}
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
-            for i, new in zip(batch, self._generate([rows[i] for i in batch], max_new_tokens), strict=True):
-                texts[i] = str(tokenizer.decode(new, skip_special_tokens=True))
+        for reader, batch, read in self._batches(rows, [len(row) - 1 for row in rows], batch_size):
+            new = reader._generate([rows[i][read:] for i in batch], max_new_tokens)
+            decode = self.backbone.tokenizer.decode
+            texts.update((i, str(decode(ids, skip_special_tokens=True))) for i, ids in zip(batch, new, strict=True))
         return [texts[i] for i in range(len(rows))]
+
+    def _batches(
+        self, rows: Sequence[Sequence[int]], most: Sequence[int], batch_size: int
+    ) -> Iterator[tuple["Edited", list[int], int]]:
+        """Rows in batches of similar length, for less padding: who reads them, their numbers, and how many tokens of
+        each it has read already. `most`: see `alike`."""
+        share = self.shares_prefixes and can_share(self.backbone.model.config)
+        for numbers, shared in alike(rows, most if share else [0] * len(rows)):
+            reader = self._having_read(rows[numbers[0]][:shared]) if shared else self
+            order = sorted(numbers, key=lambda i: len(rows[i]))
+            for at in range(0, len(order), batch_size):
+                yield reader, order[at : at + batch_size], shared
+
+    def _having_read(self, row: Sequence[int]) -> "Edited":
+        """The same, having read some tokens after the context, with which all its rows begin."""
+        reader = copy(self)
+        ids = torch.tensor([row], device=self.backbone.device)
+        _, mask, options = self._after_prefix(torch.ones_like(ids))
+        self._check_room(mask.shape[1])
+        out, _ = self.decode(ids, mask, **{"use_cache": True, **options})
+        reader._prefix = (out.last_hidden_state[0, -1], out.cache)
+        return reader
 
     def _generate(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         tokenizer = self.backbone.tokenizer
@@ -192,8 +224,8 @@ class Edited:
             raise ValueError(f"{used} tokens (context, prompt and answer) do not fit the context window of {room}")
 
     def _after_prefix(self, mask: Tensor) -> tuple[Tensor | None, Tensor, dict[str, Any]]:
-        """The context before a batch: its last state [d], the mask grown by it, and what the decoder needs of it."""
-        if not self.context:
+        """What was read before a batch: its last state [d], the mask grown by it, and what the decoder needs of it."""
+        if self._prefix is None and not self.context:
             return None, mask, {}
         if self._prefix is None:
             row = encode(self.backbone.tokenizer, self.context, bos=self.bos).ids
@@ -202,9 +234,7 @@ class Edited:
             self._prefix = (out.last_hidden_state[0, -1], out.cache)
         last, cached = self._prefix
         length = cached.get_seq_length()
-        cache = DynamicCache(config=self.backbone.model.config)
-        for i, layer in enumerate(cached.layers):  # shared by all rows, copied so that this batch may extend it
-            cache.update(*(t.expand(len(mask), -1, -1, -1) for t in (layer.keys, layer.values)), i)
+        cache = repeated(cached, len(mask))
         mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
         return last, mask, {"cache": cache, "position_ids": positions, "use_cache": True}

@@ -1,18 +1,18 @@
 """Editors that put text before the prompt. What differs between them is which text before which (`PromptEditor.tell`).
 
-Prompts with the same text before them share its keys and values, which are computed once for all of them.
+Prompts with the same text before them share its keys and values, as all prompts that begin alike do (`prefixes`).
 """
 
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from datamodules.tokens import Encoded, encode
 from modules.backbone import Backbone
-from modules.editor import Edited, TargetScore
+from modules.editor import TargetScore
 from modules.memory import EditMemory
 from modules.remembering import MemoryEditor, Remembering
 
@@ -90,11 +90,9 @@ class Prompted(Remembering):
         out = [i for i, context in enumerate(contexts) if context is None]
         plain = super().score([prompts[i] for i in out], [targets[i] for i in out], batch_size, top_k)
         scores = dict(zip(out, plain, strict=True))
-        rows = {i: self._encode(*pairs[i], c) for i, c in enumerate(contexts) if c is not None}
-        starts = {i: row.target_start for i, row in rows.items()}
-        for reader, batch, cut in self._batches(contexts, rows, starts, batch_size):
-            short = [Encoded(rows[i].ids[cut:], rows[i].target_start - cut) for i in batch]
-            scores.update(zip(batch, reader._score(short, top_k), strict=True))
+        told = [i for i, context in enumerate(contexts) if context is not None]
+        rows = [self._encode(*pairs[i], contexts[i]) for i in told]
+        scores.update(zip(told, self._score_rows(rows, batch_size, top_k), strict=True))
         return [scores[i] for i in range(len(pairs))]
 
     @torch.no_grad()
@@ -105,37 +103,10 @@ class Prompted(Remembering):
         contexts = self.contexts(prompts, max(ROOM, max_new_tokens))
         out = [i for i, context in enumerate(contexts) if context is None]
         texts = dict(zip(out, super().generate([prompts[i] for i in out], max_new_tokens, batch_size), strict=True))
-        rows = {i: self._encode(prompts[i], "", c) for i, c in enumerate(contexts) if c is not None}
-        starts = {i: len(row.ids) - 1 for i, row in rows.items()}
-        for reader, batch, cut in self._batches(contexts, rows, starts, batch_size):
-            new = reader._generate([rows[i].ids[cut:] for i in batch], max_new_tokens)
-            decode = self.backbone.tokenizer.decode
-            texts.update((i, str(decode(ids, skip_special_tokens=True))) for i, ids in zip(batch, new, strict=True))
+        told = [i for i, context in enumerate(contexts) if context is not None]
+        rows = [self._encode(prompts[i], "", contexts[i]).ids for i in told]
+        texts.update(zip(told, self._generate_rows(rows, max_new_tokens, batch_size), strict=True))
         return [texts[i] for i in range(len(prompts))]
-
-    def _batches(
-        self, contexts: Sequence[str | None], rows: dict[int, Encoded], starts: dict[int, int], batch_size: int
-    ) -> Iterator[tuple[Edited, list[int], int]]:
-        """Rows in batches, shorter ones first: who reads them, their numbers, and how many tokens it has read already.
-
-        Args:
-            starts: so many tokens of a row can be read beforehand.
-        """
-        groups: dict[str, list[int]] = {}
-        for i in rows:
-            groups.setdefault(str(contexts[i]), []).append(i)
-        alone: list[int] = []
-        for group in groups.values():
-            # tokens, not characters: what a context's end and a prompt's start merge into is read with the prompt
-            cut = min(_shared([rows[i].ids for i in group]), *(starts[i] for i in group))
-            if len(group) == 1 or cut == 0:
-                alone += group
-                continue
-            begun = _Begun(self.backbone, rows[group[0]].ids[:cut])
-            for batch in _cut(group, rows, batch_size):
-                yield begun, batch, cut
-        for batch in _cut(alone, rows, batch_size):
-            yield self, batch, 0
 
     def _fitting(self, prompt: str, context: Context, room: int) -> str:
         window: int = getattr(self.backbone.model.config, "max_position_embeddings", None) or 0
@@ -149,24 +120,3 @@ class Prompted(Remembering):
 
     def _encode(self, prompt: str, target: str, context: str | None = None) -> Encoded:
         return encode(self.backbone.tokenizer, prompt, target, context or "", bos=self.bos)
-
-
-class _Begun(Edited):
-    """A backbone that has read some tokens, with which all its rows begin."""
-
-    def __init__(self, backbone: Backbone, ids: Sequence[int]) -> None:
-        super().__init__(backbone, context="begun")
-        read = torch.tensor([ids], device=backbone.device)
-        out, _ = self.decode(read, torch.ones_like(read), use_cache=True)
-        self._prefix = (out.last_hidden_state[0, -1], out.cache)
-
-
-def _shared(rows: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all rows begin with."""
-    first, last = min(rows), max(rows)  # in the order of their tokens, so that the others lie between
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-
-
-def _cut(numbers: Sequence[int], rows: dict[int, Encoded], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(numbers, key=lambda i: len(rows[i].ids))
-    return (order[at : at + batch_size] for at in range(0, len(order), batch_size))

@@ -7,6 +7,8 @@ from datamodules.tokens import encode
 from modules.ability.task import Answer, Example, Task
 from modules.editor import Edited
 
+AT_ONCE = 64  # prompts of which a rank is held for every token of the vocabulary
+
 
 @dataclass
 class Choice(Task):
@@ -87,10 +89,8 @@ def choose(edited: Edited, prompts: Sequence[str], options: Sequence[Sequence[st
             longer.append(i)
     vocabulary = edited.backbone.model.config.get_text_config().vocab_size
     ranked = list(tokens)
-    for at in range(
-        0, len(ranked), batch_size
-    ):  # a rank for every token of the vocabulary: never of all prompts at once
-        some = ranked[at : at + batch_size]
+    for at in range(0, len(ranked), AT_ONCE):
+        some = ranked[at : at + AT_ONCE]
         scores = edited.score([prompts[i] for i in some], [options[i][0] for i in some], batch_size, top_k=vocabulary)
         for i, score in zip(some, scores, strict=True):
             ranks = [int((score.top[0] == token).nonzero()[0]) for token in tokens[i]]

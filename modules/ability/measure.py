@@ -8,6 +8,8 @@ from modules.editor import Edited
 from modules.evaluation import now
 from modules.metrics import from_file, summarise
 
+BATCHES = 8  # of examples that are asked in one go
+
 
 def measure(
     edited: Edited,
@@ -34,12 +36,12 @@ def measure(
     if not examples:
         raise ValueError(f"{task.name}: no examples to ask")
     start = now(edited.backbone)
-    order = sorted(
-        range(len(examples)), key=lambda i: -len(examples[i].prompt)
-    )  # the longest first: what fails, fails soon
+    # prompts that begin alike together, so that this is read once (`modules.prefixes`)
+    order = sorted(range(len(examples)), key=lambda i: examples[i].prompt)
+    groups = [order[at : at + BATCHES * batch_size] for at in range(0, len(order), BATCHES * batch_size)]
+    groups.sort(key=lambda group: -max(len(examples[i].prompt) for i in group))  # what fails, fails soon
     found: dict[int, dict[str, Any]] = {}
-    for at in range(0, len(order), batch_size):
-        places = order[at : at + batch_size]
+    for places in groups:
         some = [examples[i] for i in places]
         for i, example, answer in zip(places, some, task.answers(edited, some, batch_size), strict=True):
             values = task.judge(example, answer)

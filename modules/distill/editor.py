@@ -30,6 +30,10 @@ class Distilled(Edited):
         self.requests = tuple(requests)
         self.terms = moved(editor.terms, backbone.device) if requests else {}
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return True
+
     def decode(self, ids: Any, mask: Any, state: Any = None, **options: Any) -> tuple[Any, Any]:
         model = self.backbone.model  # in training it has the adapters themselves
         with adapters_off(model), low_rank(model, placed(model, self.terms)):

@@ -98,9 +98,16 @@ class TPatcher(Editor):
         return nn.ReLU() if self.relu else ACT2FN[own]
 
     def memory(self, backbone: Backbone) -> list[tuple[int, ...]]:
-        """The tokens of the memory's texts."""
+        """The tokens of the memory's texts. Those of the model's own are drawn once for a Backbone object."""
         if self.texts:
             return [encode(backbone.tokenizer, text).ids for text in self.texts]
+        known: dict[Any, list[tuple[int, ...]]] = vars(backbone).setdefault("_sampled", {})
+        key = (self.seed, self.samples, self.sample_tokens)
+        if key not in known:
+            known[key] = self._sampled(backbone)
+        return known[key]
+
+    def _sampled(self, backbone: Backbone) -> list[tuple[int, ...]]:
         tokenizer, device = backbone.tokenizer, backbone.device
         first: Any = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(t, int)), 0)
         draw = torch.Generator().manual_seed(self.seed)
@@ -146,6 +153,10 @@ class Patched(Edited):
         self.requests = tuple(requests)
         self.neurons = neurons
         self.of = torch.zeros(0, dtype=torch.long) if of is None else of
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return True
 
     def decode(self, ids: Tensor, mask: Tensor, state: Any = None, **options: Any) -> tuple[Any, Any]:
         with self._awake():

@@ -209,6 +209,10 @@ class Tuned(Edited):
         self.requests = tuple(requests)
         self.terms = dict(terms or {})
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return True
+
     def decode(self, ids: Tensor, mask: Tensor, state: Any = None, **options: Any) -> tuple[Any, Any]:
         with low_rank(self.backbone.model, self.terms):
             return super().decode(ids, mask, state, **options)

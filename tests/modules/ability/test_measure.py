@@ -34,7 +34,8 @@ class Made(Choice):
         return list(self.made)
 
 
-def test_choosing_in_one_pass_or_many(tiny: Callable[..., Backbone]) -> None:
+def test_choosing_in_one_pass_or_many(tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modules.ability.choice.AT_ONCE", 3)
     edited = Edited(tiny())
     prompts = [f"Question {i} is" for i in range(7)]
     single, longer = ("A", "B", "C"), ("A", "True enough", "Bee")  # of bytes
@@ -57,7 +58,17 @@ def test_choosing_in_one_pass_or_many(tiny: Callable[..., Backbone]) -> None:
     assert len(set(choose(edited, prompts, [single] * 7))) > 1  # else a constant would pass
     mixed = choose(edited, prompts[:2], [single, longer], batch_size=3)
     assert mixed == [by_hand(prompts[0], single), by_hand(prompts[1], longer)]
-    assert calls == [3, 3, 1, 21, 7, 1, 3]  # one pass each where options are single tokens, else one for each option
+    assert calls == [
+        3,
+        3,
+        1,
+        21,
+        3,
+        3,
+        1,
+        1,
+        3,
+    ]  # one pass each where options are single tokens, else one for each option
 
 
 def test_examples_that_fit_are_drawn_by_seed(tiny: Callable[..., Backbone]) -> None:
@@ -90,12 +101,15 @@ def test_shots_that_do_not_fit_are_left_out_from_the_last(tiny: Callable[..., Ba
     assert (fewer.head, fewer.shots, passed_over) == ("", (), 0)
 
 
-def test_results_are_in_the_order_of_the_examples(tiny: Callable[..., Backbone]) -> None:
+def test_results_are_in_the_order_of_the_examples(
+    tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modules.ability.measure.BATCHES", 1)
     edited, told = Edited(tiny()), []
     examples = [Example(str(i), "is it " + "so " * i + "?", ("A",), ("A", "B", "C", "D")) for i in (2, 0, 5, 1, 4)]
     found = measure(edited, Made(), examples, batch_size=2, progress=told.append)
     assert [e["id"] for e in found["examples"]] == ["2", "0", "5", "1", "4"]
-    assert told == [2, 2, 1]
+    assert told == [1, 2, 2]  # alike together, the longest first
     chosen = choose(edited, [e.prompt for e in examples], [e.options for e in examples])
     assert [e["choice"] for e in found["examples"]] == ["ABCD"[i] for i in chosen]
     metric = found["metrics"]["made/accuracy"]

@@ -144,9 +144,15 @@ def test_all_zero_has_no_gradient_so_it_is_refused() -> None:
         TPatcher(per="fact")  # type: ignore[arg-type]
 
 
-def test_memory_is_the_texts_or_sampled_by_the_seed(tiny: Callable[..., Backbone]) -> None:
+def test_memory_is_the_texts_or_sampled_by_the_seed(
+    tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = tiny()
     assert TPatcher(texts=["Who?"]).memory(backbone) == [tuple(backbone.tokenizer("Who?")["input_ids"])]
-    one, again, other = (TPatcher(samples=2, sample_tokens=5, seed=s).memory(backbone) for s in (1, 1, 2))
+    one, again, other = (TPatcher(samples=2, sample_tokens=5, seed=s).memory(tiny()) for s in (1, 1, 2))
     assert one == again != other
     assert [len(row) for row in one] == [6, 6]
+    editor = TPatcher(samples=2, sample_tokens=5, seed=1)
+    assert editor.memory(backbone) == one
+    monkeypatch.setattr(backbone.model.base_model, "forward", None)  # it is not asked again
+    assert editor.memory(backbone) == one

@@ -1,0 +1,77 @@
+"""Rows that begin alike, as prompts with the same demonstrations do: what they share is read once for all of them.
+
+n rows.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+STEP = 64  # tokens: less is not worth sharing, and rows of a group that share so many more do not part for it
+PASS = 256  # tokens: what a pass of its own and smaller batches cost
+
+
+class Alike(NamedTuple):
+    """Numbers of rows, and how many tokens all of them begin with that are read once; 0: each row is read whole."""
+
+    rows: list[int]
+    shared: int
+
+
+def alike(rows: Sequence[Sequence[int]], most: Sequence[int]) -> list[Alike]:
+    """Put rows into groups so that few tokens are read in all, those that share nothing worthwhile first, in one group.
+
+    Args:
+        rows: token ids.
+        most: so many tokens of each row can be read beforehand, at most.
+    """
+    heads = [tuple(row[:count]) for row, count in zip(rows, most, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: heads[i])  # rows that begin alike lie together
+    between = [_shared(heads[a], heads[b]) for a, b in pairwise(order)]
+    _, spans = _best(between, 0, len(rows))
+    grouped = {order[i] for start, end, _ in spans for i in range(start, end)}
+    alone = [i for i in range(len(rows)) if i not in grouped]
+    found = [Alike(sorted(order[start:end]), shared) for start, end, shared in spans]
+    return [Alike(alone, 0), *found] if alone else found
+
+
+def _best(between: Sequence[int], start: int, end: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Tokens that the best groups of sorted rows from `start` to `end` save, and these groups with what they share:
+    the rows as one group, or parted where neighbours share least."""
+    if end - start < 2 or max(between[start : end - 1]) < STEP:
+        return 0, []
+    shared = min(between[start : end - 1])
+    cuts = [i + 1 for i in range(start, end - 1) if between[i] // STEP == shared // STEP]
+    parts = [_best(between, a, b) for a, b in pairwise([start, *cuts, end])]
+    apart = sum(saved for saved, _ in parts)
+    together = shared * (end - start - 1) - PASS if shared >= STEP else 0
+    if together > apart:
+        return together, [(start, end, shared)]
+    return apart, [span for _, spans in parts for span in spans]
+
+
+def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def can_share(config: PretrainedConfig) -> bool:
+    """Whether all that a model keeps of tokens is their keys and values: not where layers are recurrent."""
+    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers)
+
+
+def repeated(cached: Any, count: int) -> Cache:
+    """What was kept of one row, for `count` rows that go on after it; what was kept stays as it is."""
+    cache: Cache = copy(cached)
+    cache.layers = [copy(layer) for layer in cached.layers]  # sliding windows count their tokens themselves
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            layer.batch_repeat_interleave(count)
+        elif layer.is_initialized:  # no copy: one is made anyway when the layer grows
+            layer.keys, layer.values = (t.expand(count, -1, -1, -1) for t in (layer.keys, layer.values))
+    return cache
