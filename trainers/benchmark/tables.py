@@ -120,7 +120,9 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
                 texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
             texts += [(f"{seconds_per_edit(point):.2f}", False), (str(peak(result)), False)]
             rows.append((result["editor"], texts))
-        counts = {cell["records"] for _, p in members for cell in p["metrics"].values()}
+        counts = {
+            p["metrics"][metric]["records"] for _, p in members for metric, _ in columns if metric in p["metrics"]
+        }
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})

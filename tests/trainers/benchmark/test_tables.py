@@ -103,6 +103,17 @@ def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:
     assert "rome\\_x & \\textbf{90.0 (80-100)}" in latex
 
 
+def test_records_are_counted_of_what_is_shown(tmp_path: Path) -> None:
+    one = result("rome_x", [point(1, 0.9, 0.4, 0.8)])
+    metrics = one["points"][0]["metrics"]
+    metrics["reliability/2_hops/token_accuracy"] = metrics["reliability/token_accuracy"] | {"records": 2}
+    write_tables([one], tmp_path)
+    assert "over 4 records" in (tmp_path / "tables.md").read_text()
+    metrics["generality/token_accuracy"]["records"] = 3
+    write_tables([one], tmp_path)
+    assert "over 3 to 4 records" in (tmp_path / "tables.md").read_text()
+
+
 def test_tables_say_when_and_on_what_and_what_is_left(tmp_path: Path) -> None:
     left = result("kn", [point(100, 0, 0, 0)])
     del left["points"]
