@@ -1,18 +1,25 @@
 """Which weights a model has, and whether they have changed."""
 
+from collections.abc import Mapping
 from hashlib import sha256
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
     """A hash of all tensors of the state dict: names, shapes, types and bits. Reads each weight once, on the host."""
+    return tensors_hash(model.state_dict())
+
+
+@torch.no_grad()
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors: names, shapes, types and bits."""
     digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

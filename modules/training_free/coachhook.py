@@ -14,7 +14,7 @@ single token has no deviation and no hook ever fires); a short sequence, whose z
 B rows, T tokens, n edits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, Literal
@@ -51,6 +51,10 @@ class HookedEdited(LocatedEdited):
         """Validated hook layers, for one sequence and what follows it."""
         alphas = self.alphas()
         return {name: Gate(term, alphas[name], self.editor.scope) for name, term in self.terms.items()}
+
+    def state(self, found: Mapping[str, Deltas] | None = None) -> str:
+        deltas = super().state(found)  # which tokens they count at hangs on more
+        return f"{deltas} {self.alphas()} {self.editor.scope}" if deltas else ""
 
     def applied(self) -> AbstractContextManager[None]:
         return gated(self.backbone, self.gates())

@@ -1,8 +1,9 @@
 """Value vectors on disk. Those of a model without edits do not depend on what else is edited: a run of a thousand edits
-takes over what a run of a hundred has found, and a run that was broken off goes on where it was.
+takes over what a run of a hundred has found, and a run that was broken off goes on where it was. So does one that edits
+step by step, where each step's values hang on the edits before it.
 
-Each file holds the edits of one search, under a name made of all that decides the values: the weights, the layer, the
-settings and the contexts.
+Each file holds the edits of one search, under a name made of all that decides the values: the weights, the edits in
+force, the layer, the settings and the contexts.
 
 E edits, p places, d hidden width.
 """
@@ -58,15 +59,18 @@ class KeptValues:
 
     @staticmethod
     def of(
-        backbone: Backbone, prefixes: Sequence[str], layer: int, place: Place, options: ValueOptions
+        backbone: Backbone, prefixes: Sequence[str], layer: int, place: Place, options: ValueOptions, edits: str = ""
     ) -> "KeptValues":
         """The files of a search on this model, as its weights are.
+
+        Args:
+            edits: a hash of the edits in force; "" for none.
 
         Raises:
             ValueError: for weights that are not whole on this process (ZeRO-3).
         """
         settings = {name: value for name, value in asdict(options).items() if name not in NO_MATTER}
-        what = [VERSION, fingerprint(backbone.model), layer, place, settings, list(prefixes)]
+        what = [VERSION, fingerprint(backbone.model), layer, place, settings, list(prefixes)] + [edits] * bool(edits)
         key = sha256(json.dumps(what).encode()).hexdigest()[:20]
         return KeptValues(folder() / f"values-{backbone.model.config.model_type}-{layer}-{key}")
 

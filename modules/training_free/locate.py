@@ -14,6 +14,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.delta_edited import DeltaEdited
 from modules.editor import Editor
+from modules.fingerprint import tensors_hash
 from modules.interventions import Deltas, shape
 from modules.training_free.subject import Row, evaluating, require_subjects, row, subject_states
 from modules.training_free.templates import Contexts
@@ -58,6 +59,12 @@ class LocatedEdited(DeltaEdited):
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         return {name: shape(self.backbone.model, name) for name in self.editor.names(self.backbone)}
+
+    def state(self, found: Mapping[str, Deltas] | None = None) -> str:
+        """A hash of all that is in force in this model's passes, and of what was `found` beyond it; "" for nothing."""
+        each = {f"{i}.{name}": d for i, deltas in enumerate((self.deltas, found or {})) for name, d in deltas.items()}
+        tensors = {f"{name}.{part}": getattr(d, part) for name, d in each.items() for part in d._fields}
+        return tensors_hash(tensors) if tensors else ""
 
     def like(
         self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]

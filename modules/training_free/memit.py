@@ -78,7 +78,8 @@ class MEMIT(LocateEditor):
         at = place_names(backbone, layers[-1], self.place)[-1]  # of PMET's two places the MLP, which is what is edited
         prefixes = self.contexts.draw(backbone)
         with edited.applied():
-            values = find_values(backbone, requests, prefixes, layers[-1], self.place, self.values, not edited.requests)
+            state = edited.state() if self.values.keep else None
+            values = find_values(backbone, requests, prefixes, layers[-1], self.place, self.values, state)
         goal = values.initial[:, -1] + values.delta[:, -1]  # [n, d]
         rows, count = self.rows(backbone, requests), len(requests)
         bare = rows[:: len(rows) // count]

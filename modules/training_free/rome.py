@@ -69,9 +69,8 @@ class ROME(LocateEditor):
             group = requests[at : at + self.batch]
             terms = {name: found.term(1, torch.zeros(at, dtype=torch.long, device=found.a.device))} if found else {}
             with edited.applied(), low_rank(backbone.model, terms):
-                values = find_values(
-                    backbone, group, prefixes, layer, "mlp", self.values, not (edited.requests or found)
-                )
+                state = edited.state({name: found} if found else {}) if self.values.keep else None
+                values = find_values(backbone, group, prefixes, layer, "mlp", self.values, state)
                 averaged, bare = self.keys(backbone, self.rows(backbone, group), len(group), name)
             key = bare if self.key_kind == "prompt" else averaged
             reached = key if self.key_kind == "averaged" else bare  # whose output must become the value

@@ -55,8 +55,8 @@ class ValueOptions:
         eac: keep the coordinates that matter most; `steps` is then unused.
         chunk: rows (contexts of all edits) of one pass.
         group: edits of one search. Keys, values and states of all their contexts are held while it lasts.
-        keep: values of a model without edits are kept on disk, and taken from there (see `kept_values`). A run's
-            seconds are then not the method's.
+        keep: values are kept on disk, and taken from there where the same is asked of the same model with the same
+            edits in force (see `kept_values`). A run's seconds are then not the method's.
 
     Raises:
         ValueError: for steps, chunk or group below 1, a rate or clamp that is not positive, negative weights.

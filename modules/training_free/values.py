@@ -96,7 +96,7 @@ def find_values(
     layer: int,
     place: Place,
     options: ValueOptions,
-    unedited: bool = False,
+    edits: str | None = None,
 ) -> Values:
     """Optimise the value vectors of edits, of the model as it is edited now, `options.group` of them at a time.
 
@@ -105,7 +105,8 @@ def find_values(
         layer: the decoder layer.
         place: what the change is added to, and what v0 is: the output of the layer's MLP (ROME), of the layer (MEMIT),
             or of its attention and of its MLP (PMET), which makes p = 2.
-        unedited: no edit is there yet, so that values may be kept on disk (`options.keep`).
+        edits: a hash of the edits in force, "" for none, under which values are kept on disk; None: they are not. See
+            `ValueOptions.keep`.
 
     Raises:
         ValueError: where a prompt lacks its subject or does not fit the context window, for a file of kept values that
@@ -113,7 +114,9 @@ def find_values(
         FloatingPointError: where a loss is no number; it names the edit.
     """
     with torch.inference_mode(False):
-        kept = KeptValues.of(backbone, prefixes, layer, place, options) if unedited and options.keep else None
+        kept = None
+        if options.keep and edits is not None:
+            kept = KeptValues.of(backbone, prefixes, layer, place, options, edits)
         found = kept.read(backbone.device) if kept else {}
         left = list({key: r for r in requests if (key := key_of(r)) not in found}.values())
         with tqdm(total=len(left), desc="values", leave=False, disable=len(left) <= options.group) as bar:
