@@ -7,7 +7,7 @@ takes their keys, values and states from there and runs the layers above over th
 R rows, S tokens from that one on (`Row.subject`), P tokens before it, d hidden width, E edits, n predicted tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from modules.from_layer import from_layer
 from modules.losses import Head, head_of, mean_per_row, token_cross_entropy, token_kl
 from modules.training_free.subject import Row
 
+PASS, PASS_ON_CPU = 1024, 32  # tokens that take as long as a pass of none: reading the weights, starting the kernels
 Adding = Callable[[Tensor], Tensor]  # hidden states or a module's output [R, S, d], with something added
 
 
@@ -129,7 +130,21 @@ def prepare(backbone: Backbone, prompts: Sequence[Prompt], start: int, chunk: in
         chunk: rows of one pass.
     """
     order = sorted(prompts, key=lambda p: (len(p.row.ids) - p.row.subject, p.row.subject))  # little padding
-    return [prepare_rows(backbone, order[at : at + chunk], start) for at in range(0, len(order), chunk)]
+    worth = PASS_ON_CPU if backbone.device.type == "cpu" else PASS
+    return [prepare_rows(backbone, part, start) for part in _passes(order, chunk, worth)]
+
+
+def _passes(prompts: Sequence[Prompt], chunk: int, worth: int) -> Iterator[Sequence[Prompt]]:
+    """Prompts, the shortest first, in passes of at most `chunk`; a further one is made where it spares more padding than
+    it is `worth` in tokens."""
+    lengths = [len(p.row.ids) - p.row.subject for p in prompts]
+    start = 0
+    for i in range(1, len(prompts)):
+        if i - start == chunk or (i - start) * (lengths[i] - lengths[i - 1]) > worth:
+            yield prompts[start:i]
+            start = i
+    if prompts:
+        yield prompts[start:]
 
 
 @torch.no_grad()
