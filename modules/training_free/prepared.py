@@ -135,8 +135,8 @@ def prepare(backbone: Backbone, prompts: Sequence[Prompt], start: int, chunk: in
 
 
 def _passes(prompts: Sequence[Prompt], chunk: int, worth: int) -> Iterator[Sequence[Prompt]]:
-    """Prompts, the shortest first, in passes of at most `chunk`; a further one is made where it spares more padding than
-    it is `worth` in tokens."""
+    """Prompts, the shortest first, in passes of at most `chunk`; one more where it spares more padding than a pass is
+    `worth`, in tokens."""
     lengths = [len(p.row.ids) - p.row.subject for p in prompts]
     start = 0
     for i in range(1, len(prompts)):
