@@ -1,9 +1,7 @@
-"""MEND: its arithmetic on a case worked by hand, many edits at once against one by one, and as an editor."""
+"""MEND: its arithmetic on a case worked by hand, many edits at once against one by one."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,38 +13,16 @@ from torch import Tensor
 
 from datamodules.records import EditRecord, EditRequest
 from datamodules.schedule import Slot
-from modules import summed
-from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.backbone import BackboneConfig, load_backbone
 from modules.editor import Edited
 from modules.gradients import Factors
 from modules.hypernetwork.batch import EditBatch, EditQueries
-from modules.hypernetwork.editor import DeltaEdited
 from modules.hypernetwork.module import EditedLayers, EditLoss, HyperOptimizer
 from modules.hypernetwork.pooled import Pooled
-from modules.interventions import Deltas, LowRank, linear, merge
+from modules.interventions import LowRank, linear
 from modules.trained.mend import MEND, MendConfig, MendNetwork
 
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
-
-
-@pytest.fixture
-def build(tiny_config: Callable[..., BackboneConfig], records: list[EditRecord]) -> Callable[..., MEND]:
-    """A calibrated module whose hypernetwork has moved away from its start."""
-
-    def make(kind: str = "llama", moved: bool = True, **options: Any) -> MEND:
-        options.setdefault("mend", MendConfig(rank=8, edit_lr=0.02))
-        module = MEND(tiny_config(kind), **options)
-        module.configure_model()
-        module.calibrate(records)
-        if moved:
-            draw = torch.Generator().manual_seed(5)
-            with torch.no_grad():
-                for name, p in module.named_parameters():
-                    if "edit_lr" not in name:
-                        p += 0.05 * torch.randn(p.shape, generator=draw)
-        return module
-
-    return make
 
 
 def batch_of(module: MEND, records: Sequence[EditRecord], pools: Sequence[int] | None = None) -> EditBatch:
@@ -118,8 +94,10 @@ def test_shared_and_own_networks() -> None:
     assert len(shared.edit_lr) == 3
 
 
-def test_statistics_are_of_all_tokens_with_a_gradient(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    module = build(moved=False)
+def test_statistics_are_of_all_tokens_with_a_gradient(
+    build_mend: Callable[..., MEND], records: list[EditRecord]
+) -> None:
+    module = build_mend(moved=False)
     network = module.deltas.network
     factors, _ = module._factors(batch_of(module, records))
     for key, names in {"32x48": ("gate_proj", "up_proj"), "48x32": ("down_proj",)}.items():
@@ -172,10 +150,10 @@ LOSSES = [
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox", "gptj"])
 @pytest.mark.parametrize("loss", LOSSES, ids=["published", "other switches"])
 def test_edits_in_parallel_are_edits_one_by_one_with_written_weights(
-    build: Callable[..., MEND], records: list[EditRecord], kind: str, loss: EditLoss
+    build_mend: Callable[..., MEND], records: list[EditRecord], kind: str, loss: EditLoss
 ) -> None:
     """Losses, and gradients of everything that is trained, in double precision."""
-    module = build(kind, loss=loss)
+    module = build_mend(kind, loss=loss)
     module.double()
     module.deltas.backbone.model.double()
     close = {"rtol": 1e-7, "atol": 1e-9} if kind != "gptj" else {"rtol": 1e-3, "atol": 1e-4}  # its attention is fp32
@@ -192,10 +170,10 @@ def test_edits_in_parallel_are_edits_one_by_one_with_written_weights(
     assert not any(p.requires_grad or p.grad is not None for p in module.deltas.backbone.model.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing(build: Callable[..., MEND], records: list[EditRecord]) -> None:
+def test_gradient_checkpointing_changes_nothing(build_mend: Callable[..., MEND], records: list[EditRecord]) -> None:
     """The edited layers are in the middle, so that layers above them are run again after the terms are gone."""
     layers = EditedLayers([1, 2], ["mlp.down_proj"])
-    plain, again = (build(layers=layers, gradient_checkpointing=on) for on in (False, True))
+    plain, again = (build_mend(layers=layers, gradient_checkpointing=on) for on in (False, True))
     batch = batch_of(plain, records)
     expected = gradients(plain, plain.losses(batch, training=True)["loss"])
     runs: list[object] = []
@@ -213,8 +191,8 @@ def test_gradient_checkpointing_changes_nothing(build: Callable[..., MEND], reco
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_splitting_a_batch_changes_nothing(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    module = build()
+def test_splitting_a_batch_changes_nothing(build_mend: Callable[..., MEND], records: list[EditRecord]) -> None:
+    module = build_mend()
     module.double()
     module.deltas.backbone.model.double()
     batch = batch_of(module, records)
@@ -229,8 +207,10 @@ def test_splitting_a_batch_changes_nothing(build: Callable[..., MEND], records: 
         torch.testing.assert_close(split[name], gradient, rtol=1e-7, atol=1e-10)
 
 
-def test_without_a_query_to_leave_alone_locality_is_zero(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    module = build(queries=EditQueries(locality_from="others"))
+def test_without_a_query_to_leave_alone_locality_is_zero(
+    build_mend: Callable[..., MEND], records: list[EditRecord]
+) -> None:
+    module = build_mend(queries=EditQueries(locality_from="others"))
     batch = batch_of(module, [replace(records[0], locality={})])
     assert batch.in_scope.all()
     parts = module.losses(batch)
@@ -242,10 +222,10 @@ def test_without_a_query_to_leave_alone_locality_is_zero(build: Callable[..., ME
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gptj"])
 @pytest.mark.parametrize("again", [False, True])
 def test_layers_below_the_edited_ones_run_once_for_locality(
-    build: Callable[..., MEND], records: list[EditRecord], kind: str, again: bool
+    build_mend: Callable[..., MEND], records: list[EditRecord], kind: str, again: bool
 ) -> None:
     """And the divergence is that from the unedited model all the same."""
-    module = build(kind, layers=EditedLayers([-1, 2]), gradient_checkpointing=again)
+    module = build_mend(kind, layers=EditedLayers([-1, 2]), gradient_checkpointing=again)
     backbone, batch = module.deltas.backbone, batch_of(module, records)
     ran = [0] * 4
     handles = [
@@ -269,8 +249,8 @@ def test_layers_below_the_edited_ones_run_once_for_locality(
     torch.testing.assert_close(found, torch.stack(divergences).mean(), rtol=1e-3, atol=1e-5)
 
 
-def test_a_pool_of_edits_is_their_sum(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    module = build(queries=EditQueries(locality=0))
+def test_a_pool_of_edits_is_their_sum(build_mend: Callable[..., MEND], records: list[EditRecord]) -> None:
+    module = build_mend(queries=EditQueries(locality=0))
     batch = batch_of(module, records, [0, 0, 0, 1])
     assert (batch.pools, len(batch.edits)) == (2, 4)
     found = module.losses(batch)["edit"]
@@ -288,10 +268,10 @@ def test_a_pool_of_edits_is_their_sum(build: Callable[..., MEND], records: list[
 
 @pytest.mark.parametrize("pools", [[0, 0, 0, 0], [7, 2, 7, 7]])
 def test_queries_of_a_pool_share_its_term(
-    build: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch, pools: list[int]
+    build_mend: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch, pools: list[int]
 ) -> None:
     """The same losses and gradients as where each query has a copy, which none has."""
-    module = build(queries=EditQueries(generality=2))
+    module = build_mend(queries=EditQueries(generality=2))
     for m in (module, module.deltas.backbone.model):
         m.double()
     batch = batch_of(module, [replace(records[0], locality={}), *records[1:]], pools)
@@ -308,9 +288,9 @@ def test_queries_of_a_pool_share_its_term(
 
 
 def test_statistics_are_taken_in_at_the_end_of_an_optimizer_step(
-    build: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch
+    build_mend: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = build(moved=False)
+    module = build_mend(moved=False)
     counts = []
     module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0, log_every_n_steps=10)  # type: ignore[assignment]
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
@@ -323,8 +303,8 @@ def test_statistics_are_taken_in_at_the_end_of_an_optimizer_step(
     assert counts == [1, 3, 3, 5]  # the same records as in the calibration, two micro-batches a step
 
 
-def test_bf16_backbone_trains_an_fp32_hypernetwork(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    exact, module = (build(mend=MendConfig(rank=8, edit_lr=1e-3)) for _ in range(2))
+def test_bf16_backbone_trains_an_fp32_hypernetwork(build_mend: Callable[..., MEND], records: list[EditRecord]) -> None:
+    exact, module = (build_mend(mend=MendConfig(rank=8, edit_lr=1e-3)) for _ in range(2))
     module.deltas.backbone.model.bfloat16()
     batch = batch_of(module, records)
     parts, wanted = module.losses(batch), exact.losses(batch)
@@ -335,8 +315,8 @@ def test_bf16_backbone_trains_an_fp32_hypernetwork(build: Callable[..., MEND], r
     assert F.cosine_similarity(*together, dim=0) > 0.95
 
 
-def test_one_batch_is_overfitted(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    module = build(moved=False, mend=MendConfig(rank=16), loss=EditLoss(edit_weight=1.0))
+def test_one_batch_is_overfitted(build_mend: Callable[..., MEND], records: list[EditRecord]) -> None:
+    module = build_mend(moved=False, mend=MendConfig(rank=16), loss=EditLoss(edit_weight=1.0))
     batch = batch_of(module, records)
     module.optimizer_config = HyperOptimizer(lr=3e-3, rates_lr=3e-3)
     optimizer = module.configure_optimizers()["optimizer"]
@@ -350,155 +330,16 @@ def test_one_batch_is_overfitted(build: Callable[..., MEND], records: list[EditR
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_the_step_sizes_have_a_rate_of_their_own(build: Callable[..., MEND]) -> None:
-    module = build(optimizer=HyperOptimizer(lr=2e-6, rates_lr=3e-4))
+def test_the_step_sizes_have_a_rate_of_their_own(build_mend: Callable[..., MEND]) -> None:
+    module = build_mend(optimizer=HyperOptimizer(lr=2e-6, rates_lr=3e-4))
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert [g["lr"] for g in groups] == [2e-6, 3e-4]
     assert groups[1]["params"][0] is module.deltas.network.edit_lr
     assert sum(len(g["params"]) for g in groups) == len(list(module.parameters()))  # each once
 
 
-# ---------------------------------------------------------------------- editing
-
-
-def scores(edited: Edited) -> Tensor:
-    return torch.cat([s.log_probs for s in edited.score(PROMPTS, TARGETS)])
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_editor_leaves_the_model_as_it_was(
-    build: Callable[..., MEND], records: list[EditRecord], kind: str
-) -> None:
-    module = build(kind)
-    module.train()
-    model = module.deltas.backbone.model
-    before, answers = copy.deepcopy(model.state_dict()), scores(Edited(module.deltas.backbone))
-    requests = [r.request for r in records]
-    with module.editor().edit(module.deltas.backbone, requests) as edited:
-        assert not module.deltas.training
-        assert not torch.allclose(scores(edited), answers, atol=1e-3)
-        assert torch.equal(scores(Edited(module.deltas.backbone)), answers)  # the unedited model can be asked too
-        assert edited.generate(PROMPTS, 3) != Edited(module.deltas.backbone).generate(PROMPTS, 3)
-    with pytest.raises(RuntimeError, match="inside"), module.editor().edit(module.deltas.backbone, requests):
-        raise RuntimeError("inside")
-    assert module.deltas.training
-    assert torch.equal(scores(Edited(module.deltas.backbone)), answers)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert not any(m._forward_hooks for m in model.modules())
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_edits_are_merged_added_to_removed_and_kept(
-    build: Callable[..., MEND], records: list[EditRecord], tmp_path: Path, kind: str
-) -> None:
-    module = build(kind)
-    backbone, editor = module.deltas.backbone, module.editor()
-    first, second = [r.request for r in records[:2]], [r.request for r in records[2:]]
-    with editor.edit(backbone, first) as edited, edited.edit(second) as further:
-        assert isinstance(edited, DeltaEdited)
-        merged = Edited(Backbone(edited.merge(), backbone.tokenizer, backbone.config))
-        torch.testing.assert_close(scores(merged), scores(edited), rtol=1e-4, atol=1e-4)
-        # further edits are made from the gradient at the edited model: as editing the merged model would
-        with editor.edit(merged.backbone, second) as on_merged:
-            torch.testing.assert_close(scores(on_merged), scores(further), rtol=1e-3, atol=1e-3)
-        with editor.edit(backbone, [*first, *second]) as at_once:
-            assert not torch.allclose(scores(at_once), scores(further), atol=1e-3)
-            torch.testing.assert_close(scores(at_once.remove(second)), scores(edited), rtol=1e-4, atol=1e-4)
-            assert at_once.add(first) is not at_once
-            assert torch.equal(scores(at_once.add(first)), scores(at_once))
-        further.save(tmp_path)
-        loaded = DeltaEdited.load(module.deltas, tmp_path)
-        assert torch.equal(scores(loaded), scores(further))
-        assert loaded.requests == further.requests == (*first, *second)
-        with pytest.raises(ValueError, match="cannot be removed"):
-            edited.remove(second)
-    for name in ("deltas.safetensors", "edits.json"):
-        (tmp_path / name).rename(tmp_path / "away")
-        with pytest.raises(ValueError, match=f"holds no {name}"):
-            DeltaEdited.load(module.deltas, tmp_path)
-        (tmp_path / "away").rename(tmp_path / name)
-    other = build(kind, layers=EditedLayers([0]))
-    with pytest.raises(ValueError, match="other layers"):
-        DeltaEdited.load(other.deltas, tmp_path)
-
-
-def test_further_edits_within_inference_mode(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    """As Lightning validates: the gradient of the second edit goes through the first."""
-    module = build()
-    backbone, first, second = module.deltas.backbone, [records[0].request], [records[1].request]
-    with module.editor().edit(backbone, first) as edited, edited.edit(second) as further:
-        expected = scores(further)
-    with torch.inference_mode(), module.editor().edit(backbone, first) as edited, edited.edit(second) as further:
-        torch.testing.assert_close(scores(further), expected)
-
-
-def test_many_edits_at_once_are_the_sum_of_each(build: Callable[..., MEND], records: list[EditRecord]) -> None:
-    """Also where there are more tokens than features, so that the sum is kept as a matrix, and more than one chunk."""
-    module = build()
-    requests = [EditRequest(f"Town {i} is in", f"Land {i % 5}") for i in range(40)]
-    backbone = module.deltas.backbone
-    model = copy.deepcopy(backbone.model)
-    for request in requests:
-        with module.editor().edit(backbone, [request]) as one:
-            merge(model, one.weight_changes())
-    with module.editor().edit(backbone, requests) as edited:
-        assert max(d.a.shape[0] for d in edited.deltas.values()) > 300
-        assert all(t.whole is not None and len(t.a) <= 48 * 32 / (48 + 32) for t in edited.terms.values())
-        written = Edited(Backbone(model, backbone.tokenizer, backbone.config))
-        torch.testing.assert_close(scores(edited), scores(written), rtol=1e-3, atol=2e-3)
-
-
-def test_an_edit_costs_the_same_however_many_there_are(
-    build: Callable[..., MEND], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """One by one: no sum is made anew, and it is that of the same edits at once, bit by bit."""
-    module = build(mend=MendConfig(rank=8, edit_lr=5e-4))
-    requests = [EditRequest(f"Town {i} is in", f"Land {i % 5}") for i in range(12)]
-    product, tokens = summed._product, 0
-
-    def counted(a: Tensor, b: Tensor) -> Tensor:
-        nonlocal tokens
-        tokens += len(a)
-        return product(a, b)
-
-    monkeypatch.setattr(summed, "_product", counted)
-    with module.editor().edit(module.deltas.backbone, []) as edited:
-        for i, request in enumerate(requests):
-            was, tokens = len(edited.requests), 0
-            with monkeypatch.context() as m:
-                m.setattr(DeltaEdited, "deltas", property(lambda _: pytest.fail("earlier edits are looked at")))
-                edited = edited.add([request, requests[0]])
-            assert len(edited.requests) == was + 1 == i + 1
-            # of each matrix what was still in factors, at most, and the edit itself
-            assert tokens <= len(edited.terms) * (48 * 32 // (48 + 32) + 20)
-        assert all(t.whole is not None for t in edited.terms.values())
-        edited.save(tmp_path)
-        whole = DeltaEdited.load(module.deltas, tmp_path)
-        few = DeltaEdited(module.deltas, module.deltas.backbone).joined(requests[:7], *_part(edited, 0, 7))
-        for other in (whole, few.joined(requests[7:], *_part(edited, 7, 12)), edited.add(requests)):
-            assert other.requests == tuple(requests)
-            for name, term in edited.terms.items():
-                assert torch.equal(other.terms[name].weight(), term.weight())
-                at_once = edited.deltas[name].term(1, torch.zeros(12).long()).weight()
-                torch.testing.assert_close(term.weight(), at_once, rtol=1e-5, atol=1e-5)
-        less = edited.remove(requests[3:11])
-        kept = [torch.tensor([0, 1, 2, 11])]
-        for name, term in less.terms.items():
-            wanted = edited.deltas[name].keep(*kept).term(1, torch.zeros(4).long()).weight()
-            torch.testing.assert_close(term.weight(), wanted, rtol=1e-5, atol=1e-5)
-        # an edit that a later one overruled is made again
-        other = EditRequest(requests[0].prompt, "Peru")
-        again = edited.add([other]).add([requests[0]])
-        assert again.requests == (*requests, other, requests[0])
-
-
-def _part(edited: DeltaEdited, first: int, end: int) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
-    return {name: d.keep(torch.arange(first, end)) for name, d in edited.deltas.items()}, {}
-
-
-def test_what_cannot_be_edited_is_refused(build: Callable[..., MEND], tiny_config) -> None:
-    module = build()
+def test_what_cannot_be_edited_is_refused(build_mend: Callable[..., MEND], tiny_config) -> None:
+    module = build_mend()
     other = load_backbone(tiny_config("llama", intermediate_size=64))
     with pytest.raises(ValueError, match="cannot edit"), module.editor().edit(other, []):
         pass
@@ -537,8 +378,8 @@ def test_precisions_that_round_the_hypernetwork_are_refused(tiny_config, precisi
     module.check(SimpleNamespace(precision="32-true", strategy=strategy))  # type: ignore[arg-type]
 
 
-def test_checkpoint_holds_the_hypernetwork_alone(build: Callable[..., MEND]) -> None:
-    module = build()
+def test_checkpoint_holds_the_hypernetwork_alone(build_mend: Callable[..., MEND]) -> None:
+    module = build_mend()
     names = set(module.state_dict())
     assert names == module.trained_names()
     assert {n.split(".")[1] for n in names} == {"network"}
