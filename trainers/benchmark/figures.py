@@ -12,6 +12,9 @@ from trainers.benchmark.tables import Result, metrics_of, peak, points, seconds_
 from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
 from trainers.callbacks.figures import blank, open_axes
 
+# what generality and locality are called, by protocol
+TRADE = (("generality/", "counterfact/PS", "zsre/paraphrase"), ("locality/", "counterfact/NS", "zsre/specificity"))
+
 
 def write_figures(results: Sequence[Result], folder: Path) -> None:
     """One file for each data set and mode that has something to show."""
@@ -24,10 +27,13 @@ def write_figures(results: Sequence[Result], folder: Path) -> None:
 
 
 def over_number(results: Sequence[Result]) -> Figure | None:
-    """A panel a metric: its value over the number of edits, an editor a colour, a mode a dash."""
+    """A panel a metric: its value over the number of edits, an editor a colour, a mode a dash. Where an editor's edits
+    were also made in batches, single ones are the batch of one that its curve begins with."""
     at: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    batches = {result["editor"] for result, _ in points(results) if result["mode"] == "batch"}
     for result, point in points(results):
-        at.setdefault((result["editor"], result["mode"]), []).append((point["edits"], point["metrics"]))
+        mode = "batch" if result["mode"] == "single" and result["editor"] in batches else result["mode"]
+        at.setdefault((result["editor"], mode), []).append((point["edits"], point["metrics"]))
     stops = sorted({n for found in at.values() for n, _ in found})
     columns = metrics_of([m for found in at.values() for _, m in found])
     if len(stops) < 2 or not columns:
@@ -53,6 +59,7 @@ def over_number(results: Sequence[Result]) -> Figure | None:
             axes.plot([], [], style, color="black", label=mode)
         axes.set(title=title, ylim=limits(metric))
         over_edits(axes, stops)
+        axes.set_xlabel("edits")
     legend(figure, panels[0])
     return figure
 
@@ -60,11 +67,13 @@ def over_number(results: Sequence[Result]) -> Figure | None:
 def trade(results: Sequence[Result]) -> Figure | None:
     """Generality against locality: a point an editor, a panel a number of edits and mode."""
     groups: dict[str, list[tuple[str, float, float]]] = {}
+    names = ("generality", "locality")
     for result, point in points(results):
-        generality, locality = (_first(point["metrics"], sort) for sort in ("generality/", "locality/"))
-        if generality is not None and locality is not None:
+        general, local = (_first(point["metrics"], sorts) for sorts in TRADE)
+        if general and local:
+            names = (general[0], local[0])
             groups.setdefault(f"{point['edits']}, {result['mode']}", []).append(
-                (result["editor"], generality, locality)
+                (result["editor"], general[1], local[1])
             )
     if not groups:
         return None
@@ -75,7 +84,7 @@ def trade(results: Sequence[Result]) -> Figure | None:
         for editor, generality, locality in found:
             colour, marker = look[editor]
             axes.plot([generality], [locality], marker, color=colour, label=editor, markersize=7)
-        axes.set(title=f"{title}", xlabel="generality", ylabel="locality", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.set(title=f"{title}", xlabel=names[0], ylabel=names[1], xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         open_axes(axes)
     legend(figure, panels[0])
     return figure
@@ -99,9 +108,10 @@ def cost(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def _first(metrics: Mapping[str, Any], sort: str) -> float | None:
-    """The main metric of a sort."""
-    return next((metrics[m]["value"] for m, _ in metrics_of([metrics]) if m.startswith(sort)), None)
+def _first(metrics: Mapping[str, Any], sorts: tuple[str, ...]) -> tuple[str, float] | None:
+    """Title and value of the main metric whose name begins with one of these."""
+    found = ((title, metrics[m]["value"]) for m, title in metrics_of([metrics]) if m.startswith(sorts))
+    return next(found, None)
 
 
 def _looks(results: Sequence[Result]) -> dict[str, tuple[str, str]]:

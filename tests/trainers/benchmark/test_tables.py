@@ -4,6 +4,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.figures import cost, over_number, trade, write_figures
 from trainers.benchmark.tables import FIELDS, write_csv, write_tables
@@ -169,6 +171,37 @@ def test_figures_of_what_there_is(tmp_path: Path) -> None:
     assert over_number(results()[:2]) is None  # one number of edits is no curve
     assert trade([]) is None
     assert cost([]) is None
+
+
+def test_single_edits_begin_the_curve_of_batches() -> None:
+    found = [
+        result("memit", [point(1, 0.8, 0.6, 0.7)], mode="single"),
+        result("memit", [point(100, 0.7, 0.3, 0.9)]),
+        result("grace", [point(1, 0.5, 0.3, 0.2)], mode="single"),
+    ]
+    figure = over_number(found)
+    assert figure is not None
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines == {"memit": [0.8, 0.7], "grace": [0.5], "batch": [], "single": []}
+
+
+@pytest.mark.parametrize(
+    ("general", "local", "titles"),
+    [
+        ("counterfact/PS", "counterfact/NS", ("PS", "NS")),
+        ("zsre/paraphrase", "zsre/specificity", ("Paraphrase", "Spec")),
+    ],
+)
+def test_generality_against_locality_of_published_protocols(general: str, local: str, titles: tuple[str, str]) -> None:
+    one = point(1, 0, 0, 0)
+    value = one["metrics"]["reliability/token_accuracy"]
+    one["metrics"] = {general: value | {"value": 0.6}, local: value | {"value": 0.3}}
+    figure = trade([result("memit", [one])])
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [([0.6], [0.3])]
+    assert axes.get_xlabel() == titles[0]
+    assert axes.get_ylabel().startswith(titles[1])
 
 
 def test_answers_are_one_page_that_fetches_nothing(tmp_path: Path) -> None:
