@@ -8,10 +8,12 @@ from copy import copy
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 STEP = 64  # tokens: less is not worth sharing, and rows of a group that share so many more do not part for it
+ROOM = 64  # tokens: what is copied again after so many more
 PASS = 256  # tokens: what a pass of its own and smaller batches cost
 
 
@@ -65,13 +67,42 @@ def can_share(config: PretrainedConfig) -> bool:
     return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers)
 
 
+class Roomy(DynamicLayer):
+    """Keys and values [B, h, T, dh] with room behind them: a token more does not copy all that are there."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._held: list[Tensor] = []  # what keys and values are the beginning of
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        used, all_ = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        fits = self._held and self._held[0].shape[-2] >= all_
+        if not fits or self.keys.data_ptr() != self._held[0].data_ptr():  # or something else was put in their place
+            self._held = [_with_room(t, all_ + ROOM) for t in (self.keys, self.values)]  # type: ignore[arg-type]
+        for held, new in zip(self._held, (key_states, value_states), strict=True):
+            held[..., used:all_, :] = new
+        self.keys, self.values = (held[..., :all_, :] for held in self._held)
+        return self.keys, self.values
+
+
+def _with_room(kept: Tensor, length: int) -> Tensor:
+    held = kept.new_empty(*kept.shape[:-2], length, kept.shape[-1])
+    held[..., : kept.shape[-2], :] = kept
+    return held
+
+
 def repeated(cached: Any, count: int) -> Cache:
     """What was kept of one row, for `count` rows that go on after it; what was kept stays as it is."""
     cache: Cache = copy(cached)
     cache.layers = [copy(layer) for layer in cached.layers]  # sliding windows count their tokens themselves
-    for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    for i, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, Roomy):
             layer.batch_repeat_interleave(count)
         elif layer.is_initialized:  # no copy: one is made anyway when the layer grows
             layer.keys, layer.values = (t.expand(count, -1, -1, -1) for t in (layer.keys, layer.values))
+            if type(layer) is not DynamicSlidingWindowLayer:
+                cache.layers[i] = Roomy(layer.keys, layer.values)
     return cache

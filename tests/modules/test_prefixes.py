@@ -6,12 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import Qwen3NextConfig
+from transformers.cache_utils import DynamicLayer
 
 from datamodules.records import EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.prefixes import PASS, STEP, alike, can_share
+from modules.prefixes import PASS, STEP, Roomy, alike, can_share, repeated
 from modules.training_free import FTM, GRACE, ROME, CoachHook, LoRA, TPatcher
 from modules.training_free.icl import InContext, Unedited
 
@@ -131,6 +132,34 @@ def test_more_rows_with_more_in_common_are_a_group_of_their_own() -> None:
     few = [*rows[:3] * 9, *rows[3:5]]  # 29 rows save more together than two of them apart
     assert alike(few, [len(row) for row in few]) == [(list(range(29)), 2 * STEP)]
     assert 28 * 2 * STEP - PASS > 10 * STEP - PASS
+
+
+def test_keys_and_values_with_room_are_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modules.prefixes.ROOM", 3)
+    draw = torch.Generator().manual_seed(0)
+    first = [torch.randn(2, 3, 5, 4, generator=draw) for _ in "kv"]
+    plain, roomy = DynamicLayer(), Roomy(*first)
+    plain.update(*first)
+    for length in (1, 2, 1, 1, 7, 1):
+        new = [torch.randn(2, 3, length, 4, generator=draw) for _ in "kv"]
+        for expected, found in zip(plain.update(*new), roomy.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        if length == 2:  # the layer is put into another order from outside
+            for layer in (plain, roomy):
+                layer.reorder_cache(torch.tensor([1, 0]))
+
+
+def test_rows_that_go_on_do_not_touch_what_they_go_on_from(backbone: Backbone) -> None:
+    ids = torch.tensor([encode(backbone.tokenizer, SHOTS).ids])
+    with torch.no_grad():
+        cached = backbone.decode(input_ids=ids, use_cache=True).cache
+        before = [layer.keys.clone() for layer in cached.layers]
+        once, again = repeated(cached, 1), repeated(repeated(cached, 1), 3)
+        for cache, rows in ((once, 1), (again, 3), (repeated(once, 2), 2)):
+            backbone.decode(input_ids=torch.ones(rows, 2, dtype=torch.long), cache=cache, use_cache=True)
+    assert once.get_seq_length() == again.get_seq_length() == len(ids[0]) + 2
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cached.layers, before, strict=True))
 
 
 def test_recurrent_layers_share_nothing() -> None:
