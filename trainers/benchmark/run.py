@@ -91,7 +91,8 @@ def run_benchmark(
     console = console or Console()
     out, now, on = Path(benchmark.out), code(), hardware(backbone.device)
     cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
-    done = {cell: found for cell in cells if (found := _finished(cell, out)) is not None}
+    kept = {cell: found for cell in cells if (found := _kept(cell, out)) is not None}
+    done = {cell: found for cell, found in kept.items() if "error" not in found}
     left = [cell for cell in matching(cells, benchmark.only) if cell not in done]
     if done:
         console.print(f"{len(done)} of {len(cells)} cells are finished in {out}", highlight=False)
@@ -108,10 +109,10 @@ def run_benchmark(
         for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, shown, task), 1):
             made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": on}
             write_json(cell.file(out), {"key": cell.key(), "code": now, **made, **_about(cell, backbone), **result})
-            done[cell] = _finished(cell, out) or result
+            kept[cell] = _kept(cell, out) or result
             error = f": {result['error']}" if "error" in result else ""
             console.print(f"[{n}/{len(left)}] {cell.name}{error}", style="red" if error else "", highlight=False)
-    results = [{**_about(cell, backbone), **done.get(cell, {})} for cell in cells]
+    results = [{**_about(cell, backbone), **kept.get(cell, {})} for cell in cells]
     write_csv(results, out / "results.csv")
     write_tables(results, out)
     write_figures(results, out / "figures")
@@ -228,11 +229,11 @@ def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _finished(cell: Cell, out: Path) -> dict[str, Any] | None:
-    """The cell's result, where it is there, of the same setup, and no failure."""
+def _kept(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """The cell's result, or its failure, where it is there and of the same setup."""
     try:
         found = json.loads(cell.file(out).read_text(encoding="utf-8"))
-        same = found["key"] == cell.key() and "error" not in found
+        same = found["key"] == cell.key()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if same else None
