@@ -8,11 +8,9 @@ prompt is read from its first token on. On CPU, seconds of processor time; on CU
 
 import argparse
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from clock import CUDA, clock, device
+from clock import CUDA, device, timed
 
 from datamodules.readers.facts import read_facts
 from datamodules.tokens import encode
@@ -26,12 +24,6 @@ class Whole(Edited):
     @property
     def shares_prefixes(self) -> bool:
         return False
-
-
-def measure(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = clock()
-    found = run()
-    return clock() - start, found
 
 
 def main() -> None:
@@ -56,7 +48,7 @@ def main() -> None:
         "answers": lambda model: model.generate(prompts, args.new, args.batch_size),
         "scores": lambda model: [float(s.log_probs.sum()) for s in model.score(prompts, targets, args.batch_size)],
     }.items():
-        (before, expected), (after, found) = measure(lambda: ask(whole)), measure(lambda: ask(now))  # noqa: B023
+        (before, expected), (after, found) = timed(lambda: ask(whole)), timed(lambda: ask(now))  # noqa: B023
         same = sum(a == b for a, b in zip(expected, found, strict=True))
         apart = f"{same} of {len(found)} the same"
         if name == "scores":

