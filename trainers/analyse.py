@@ -20,7 +20,7 @@ from datamodules.sources import Source, load
 from modules.export import load_editor, versions
 from modules.gist.analysis import profile
 from modules.gist.analysis_temperature import HOT, Aligned, Tokens, align
-from modules.gist.analysis_traces import Place, Traces, by_place, traces
+from modules.gist.analysis_traces import Place, Traces, by_answer_token, by_place, traces
 from modules.gist.editor import GistEdited, GistEditor
 from modules.gist.pool import GistPool
 from trainers.callbacks.figures import layer_profile, token_trace
@@ -168,6 +168,7 @@ def _told(one: Traces) -> dict[str, Any]:
             "in_scope": {n: t.tolist() for n, t in inside.items()},
             "out_of_scope": {n: t.tolist() for n, t in outside.items() if n != "golden"},
         },
+        "by_answer_token": [a._asdict() for a in by_answer_token(one.inside)],
         "by_place": {name: [asdict(p) for p in places] for name, places in _places(one).items()},
     }
 
@@ -225,6 +226,7 @@ def _print(
     for one in found:
         if one.inside:
             _print_layers(console, one, layers)
+            _print_answers(console, one)
 
 
 def _print_layers(console: Console, one: Traces, layers: Sequence[int]) -> None:
@@ -242,6 +244,15 @@ def _print_layers(console: Console, one: Traces, layers: Sequence[int]) -> None:
             f"{float(inside.entropy[i]):.2f}",
         )
         table.add_row(layer, *values)
+    console.print(table)
+
+
+def _print_answers(console: Console, one: Traces) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{one.edits} edits: the answers' tokens, given those before")
+    for column in ("token", "queries", "right", "golden gist"):
+        table.add_column(column, justify="right")
+    for a in by_answer_token(one.inside):
+        table.add_row(str(a.token), str(a.queries), f"{a.right:.3f}", f"{a.golden:.3f}")
     console.print(table)
 
 

@@ -25,7 +25,7 @@ class Selection:
         probabilities: [L, T, N + 1], the zero-gist last.
         answer_from: the first token that predicts a part of the answer; all after it do too.
         golden: the edit that should be read; None: the query is out of every edit's scope.
-        right: whether all tokens of the answer are the most probable ones.
+        hits: of each token of the answer, whether it is the most probable one; None: nothing was answered.
         question, edit: the query, and the statement of the golden edit, as text.
     """
 
@@ -33,9 +33,14 @@ class Selection:
     probabilities: Tensor
     answer_from: int
     golden: int | None = None
-    right: bool | None = None
+    hits: Sequence[bool] | None = None
     question: str = ""
     edit: str = ""
+
+    @property
+    def right(self) -> bool | None:
+        """Whether all tokens of the answer are the most probable ones."""
+        return None if self.hits is None else all(self.hits)
 
     @property
     def zero(self) -> Tensor:
@@ -158,7 +163,7 @@ def _ask(edited: GistEdited, queries: Sequence[Query], golden: Sequence[int | No
             probabilities=probabilities[i, :, : len(row.ids) - 1],
             answer_from=start - 1,
             golden=at,
-            right=best.tolist() == list(row.ids[start:]),
+            hits=[a == b for a, b in zip(best.tolist(), row.ids[start:], strict=True)],
             question=f"{query.prompt} → {query.target}",
             edit="" if at is None else edited.requests[at].statement,
         )

@@ -6,6 +6,7 @@ L layers (1 where all share one choice), T tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +23,11 @@ class Trace:
     of_golden: Tensor
     entropy: Tensor
     answer_from: int
-    right: bool | None
+    hits: Sequence[bool] | None
+
+    @property
+    def right(self) -> bool | None:
+        return None if self.hits is None else all(self.hits)
 
     @classmethod
     def of(cls, selection: Selection) -> "Trace":
@@ -31,7 +36,7 @@ class Trace:
             selection.of_golden.clone(),
             selection.entropy,
             selection.answer_from,
-            selection.right,
+            selection.hits,
         )
 
 
@@ -116,4 +121,40 @@ def by_place(found: Sequence[Selected], share: float = 0.25) -> list[Place]:
         Place(at, len(values), *(sum(column) / len(values) for column in zip(*values, strict=True)))
         for at, values in sorted(rows.items())
         if len(values) >= share * len(found)
+    ]
+
+
+class Answered(NamedTuple):
+    """The answers' tokens of one number, over queries.
+
+    Args:
+        token: from 1.
+        queries: whose answers are so long.
+        right: share of them whose token is the most probable one, given those before it.
+        golden: mean probability of the golden gist where the token is predicted.
+    """
+
+    token: int
+    queries: int
+    right: float
+    golden: float
+
+
+def by_answer_token(found: Sequence[Trace], most: int = 6) -> list[Answered]:
+    """What becomes of answers token by token: a gist that is found and not answered from is read badly, not selected.
+
+    Args:
+        most: tokens of longer answers beyond so many are left out.
+    """
+    rows: dict[int, list[tuple[float, float]]] = {}
+    for trace in found:
+        if trace.hits is None:
+            continue
+        golden = trace.of_golden.mean(0)[trace.answer_from :].tolist()
+        for n, row in enumerate(zip(map(float, trace.hits), golden, strict=True), 1):
+            if n <= most:
+                rows.setdefault(n, []).append(row)
+    return [
+        Answered(n, len(values), *(sum(column) / len(values) for column in zip(*values, strict=True)))
+        for n, values in sorted(rows.items())
     ]

@@ -61,12 +61,16 @@ def test_analyse_writes_everything(exported: Path, tmp_path: Path, capsys: pytes
         share = one["answered_right"]["in_scope"]
         assert bool(one["by_place"]["right"]) == (share > 0)
         assert bool(one["by_place"]["wrong"]) == (share < 1)
+        tokens = one["by_answer_token"]
+        assert tokens[0]["queries"] == 6
+        assert all(share <= a["right"] <= 1 and 0 <= a["golden"] <= 1 for a in tokens[:1])
     pictures = {"temperature"} | {f"{name}_{n}" for name in ("layers", "places", "tokens") for n in (3, 12)}
     assert {p.stem for p in out.glob("*.png")} == pictures
     assert all((out / f"{name}.png").stat().st_size > 5000 for name in pictures)
     said = " ".join(capsys.readouterr().out.split())
     assert "to set for pools of 12: gist.temperature" in said
     assert "keeps the entropy of pools of 4" in said
+    assert "12 edits: the answers' tokens, given those before" in said
 
 
 def test_analyse_aligns_to_what_is_asked_for(exported: Path, tmp_path: Path) -> None:

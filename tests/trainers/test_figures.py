@@ -19,7 +19,8 @@ def selection(layers: int = 2, tokens: int = 5, golden: int | None = 1, right: b
     torch.manual_seed(0)
     probabilities = torch.randn(layers, tokens, len(EDITS) + 1).softmax(-1)
     names = [f"t{i}" for i in range(tokens)]
-    return Selection(names, probabilities, tokens - 2, golden, right, "Where? → There", "It.")
+    hits = None if right is None else [True, right]
+    return Selection(names, probabilities, tokens - 2, golden, hits, "Where? → There", "It.")
 
 
 def panels(figure):

@@ -11,7 +11,7 @@ from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.tokens import encode
 from modules.gist.analysis import in_and_out_of_scope, pools
 from modules.gist.analysis_temperature import align, aligned, at_temperature, choices, entropy
-from modules.gist.analysis_traces import Trace, by_place, traces
+from modules.gist.analysis_traces import Trace, by_answer_token, by_place, traces
 from modules.gist.editor import GistEdited, encode_edits
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
@@ -167,11 +167,11 @@ def test_the_models_temperature_comes_back(tiny_gists: Callable[..., GistModel])
 # ---------------------------------------------------------------- traces
 
 
-def trace(values: Sequence[float], answer_from: int, right: bool | None = True) -> Trace:
+def trace(values: Sequence[float], answer_from: int, hits: Sequence[bool] | None = None) -> Trace:
     """Two layers, with means as given for the zero-gist, half of it for the golden one, twice for the entropy."""
     row = torch.tensor(values)
     zero = torch.stack([row - 0.1, row + 0.1])
-    return Trace(zero, zero / 2, 2 * zero, answer_from, right)
+    return Trace(zero, zero / 2, 2 * zero, answer_from, hits)
 
 
 def test_places_are_counted_from_the_answer() -> None:
@@ -184,6 +184,22 @@ def test_places_are_counted_from_the_answer() -> None:
     assert found[1].entropy == pytest.approx(found[1].zero * 2)
     assert [p.at for p in by_place([trace([0.1, 0.2, 0.3], 1)])] == [-1, 0, 1]
     assert by_place([]) == []
+
+
+def test_answers_are_told_token_by_token() -> None:
+    found = by_answer_token(
+        [
+            trace([0.1, 0.2, 0.4], 1, [False, True]),  # the prompt's first token predicts nothing of the answer
+            trace([0.6], 0, [True]),
+            trace([0.1, 0.8, 0.6, 0.2], 1, [False, True, True]),
+            trace([0.9, 0.9], 1),  # not answered
+        ],
+        most=2,
+    )
+    assert [(a.token, a.queries) for a in found] == [(1, 3), (2, 2)]
+    assert [a.right for a in found] == pytest.approx([1 / 3, 1.0])
+    assert [a.golden for a in found] == pytest.approx([(0.1 + 0.3 + 0.4) / 3, (0.2 + 0.3) / 2])
+    assert by_answer_token([trace([0.9], 0)]) == []
 
 
 @pytest.mark.parametrize("selection", ["qk", "hidden"])
@@ -204,7 +220,7 @@ def test_traces_are_those_of_pools_made_by_themselves(
         torch.testing.assert_close(got.zero, expected.zero, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(got.of_golden, expected.of_golden, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(got.entropy, expected.entropy, atol=1e-4, rtol=1e-4)
-        assert (got.right, got.answer_from) == (expected.right, expected.answer_from)
+        assert (got.hits, got.answer_from) == (expected.hits, expected.answer_from)
     assert {s.right for s in found.examples} == {s.right for s in found.inside}
     with pytest.raises(ValueError, match="a pool of 13 edits"):
         traces(under(model, many), many, 13)
