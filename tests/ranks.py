@@ -145,7 +145,7 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         def on_train_end(self, trainer: Any, module: Any) -> None:
             if run.get("save"):
                 trainer.checkpoint_callback.save(trainer)
-                with getattr(trainer.strategy, "gathered", nullcontext)():  # after fit the module is on the CPU
+                with gathered():  # after fit the module is on the CPU
                     self.answers = ask(module.editor(), trainer.datamodule)
 
     config = run.get("config", "incomes_tiny")
@@ -153,6 +153,7 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     cli = TrainingCLI([*args, f"--trainer.max_steps={run['steps']}"])
     watch = Watch()
     trainer, module = cli.trainer, cli.model
+    gathered = getattr(trainer.strategy, "gathered", nullcontext)
     trainer.callbacks.insert(0, watch)
     error = None
     try:
@@ -161,7 +162,6 @@ def perform(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         error = f"{type(caught).__name__}: {caught}"
         if not run.get("fails"):
             raise
-    gathered = getattr(trainer.strategy, "gathered", nullcontext)
     with gathered():
         params = {n: p.detach().float().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
         buffers = {n: b.clone().cpu() for n, b in module.named_buffers() if n in module.trained_names()}
