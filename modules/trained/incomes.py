@@ -7,7 +7,7 @@ B queries, T tokens, n scored tokens, N edits.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,7 +21,16 @@ from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig, GistModel
-from modules.losses import edit_sensitivity, head_of, mean_per_row, token_ce_and_kl, token_log_probs, weighted_mean
+from modules.losses import (
+    Head,
+    edit_sensitivity,
+    head_of,
+    mean_per_row,
+    token_ce_and_kl,
+    token_cross_entropy,
+    token_log_probs,
+    weighted_mean,
+)
 from modules.trained.incomes_config import LoraOptions, LossConfig, OptimizerConfig
 from modules.trained_module import TrainedModule
 
@@ -223,40 +232,41 @@ class InComeS(TrainedModule[GistModel]):
         labels = batch.queries[row, at]
         in_scope = (batch.golden >= 0)[row]
 
-        teacher_h, with_h, head = self._teach(batch, row, at, in_scope)
-        weights = torch.ones(len(row), device=labels.device)
-        if config.weighted:
-            gain = token_log_probs(with_h, head, labels[in_scope], config.chunk)
-            gain = edit_sensitivity(
-                gain, token_log_probs(teacher_h[in_scope], head, labels[in_scope], config.chunk), config.weight_scale
+        weights = (in_scope & answer if config.ce_on == "answer" else in_scope).float()
+        told: dict[str, Tensor] = {}
+        taught = self._teach(batch, row, at, in_scope) if config.weighted or config.kl_weight else None
+        if taught and config.weighted:
+            alone, with_edit = (
+                token_log_probs(h, taught.head, labels[in_scope], config.chunk)
+                for h in (taught.alone[in_scope], taught.with_edit)
             )
-            weights = torch.zeros_like(weights).masked_scatter(in_scope, gain.to(weights))
-        weights = weights * in_scope * (answer if config.ce_on == "answer" else 1)
-        teacher_h = teacher_h.masked_scatter(in_scope[:, None], with_h)  # in scope the teacher has read the edit
+            gain = edit_sensitivity(with_edit, alone, config.weight_scale)
+            weights = weights * torch.zeros_like(weights).masked_scatter(in_scope, gain.to(weights))
+            told["teacher_ce"] = _mean_in_scope(-with_edit, row[in_scope], answer[in_scope], batch)
 
         trace: dict[int, Tensor] | None = {} if config.golden_weight else None
         pool = model.compress(batch.edits, batch.edits_mask)
         out, _ = model(batch.queries, batch.queries_mask, pool, visible, trace=trace)
-        h = out.last_hidden_state[row, at - 1]  # [n, d]
-        ce, kl = token_ce_and_kl(
-            h, head_of(model.reader.model), labels, teacher_h.to(head.weight.dtype), head, config.chunk
-        )
-
+        h, head = out.last_hidden_state[row, at - 1], head_of(model.reader.model)  # [n, d]
         queries = len(batch)
-        kl_at = answer if config.kl_on == "answer" else torch.ones_like(answer)
-        parts = {
-            "weighted_ce": weighted_mean(ce, weights, row, queries).mean(),
-            "kl": mean_per_row(kl[kl_at], row[kl_at], queries).mean(),
-        }
-        loss = config.ce_weight * parts["weighted_ce"] + config.kl_weight * parts["kl"]
+        if taught:
+            # in scope the teacher has read the edit
+            teacher_h = taught.alone.masked_scatter(in_scope[:, None], taught.with_edit).to(taught.head.weight.dtype)
+            ce, kl = token_ce_and_kl(h, head, labels, teacher_h, taught.head, config.chunk)
+            kl_at = answer if config.kl_on == "answer" else torch.ones_like(answer)
+            told["kl"] = mean_per_row(kl[kl_at], row[kl_at], queries).mean()
+        else:
+            ce = token_cross_entropy(h, head, labels, config.chunk)
+        parts = {"weighted_ce": weighted_mean(ce, weights, row, queries).mean(), **told}
+        loss = config.ce_weight * parts["weighted_ce"] + config.kl_weight * parts.get("kl", 0)
         if trace:
             parts |= self._golden(batch, trace, row[answer], at[answer] - 1)
             loss = loss + config.golden_weight * (parts["golden"] + parts["zero"])
         return {"loss": loss, **parts}
 
     @torch.no_grad()
-    def _teach(self, batch: GistBatch, row: Tensor, at: Tensor, in_scope: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """The teacher's states where the scored tokens are predicted: without an edit [n, d], with it [in scope, d]."""
+    def _teach(self, batch: GistBatch, row: Tensor, at: Tensor, in_scope: Tensor) -> "_Taught":
+        """What the teacher has where the scored tokens are predicted."""
         with self.teaching() as teacher:
             mask = block_mask(batch.teacher_blocks, next(teacher.parameters()).dtype)
             states = teacher.base_model(  # type: ignore[operator]
@@ -264,7 +274,7 @@ class InComeS(TrainedModule[GistModel]):
             ).last_hidden_state
             alone = states[row, batch.alone[row] + at - 1]
             with_edit = states[row, batch.with_edit[row] + at - 1][in_scope]
-            return alone, with_edit, head_of(teacher)
+            return _Taught(alone, with_edit, head_of(teacher))
 
     def _golden(self, batch: GistBatch, trace: dict[int, Tensor], row: Tensor, at: Tensor) -> dict[str, Tensor]:
         """-log p(right gist) in scope and -log p(zero-gist) out of it: means over queries and layers."""
@@ -308,6 +318,20 @@ class InComeS(TrainedModule[GistModel]):
                 f"{str(now).lower()}: set it as it was (to export a run: in the config.yaml of its folder)"
             )
         super().on_load_checkpoint(checkpoint)
+
+
+class _Taught(NamedTuple):
+    """The teacher's states without an edit [n, d], and with it [in scope, d]."""
+
+    alone: Tensor
+    with_edit: Tensor
+    head: Head
+
+
+def _mean_in_scope(values: Tensor, row: Tensor, answer: Tensor, batch: GistBatch) -> Tensor:
+    """Mean over each query's answer, then over the queries in scope; 0 without any. All [tokens in scope]."""
+    per_query = mean_per_row(values[answer], row[answer], len(batch))
+    return per_query.sum() / (batch.golden >= 0).sum().clamp(min=1)
 
 
 def block_mask(blocks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,9 @@ class LossConfig:
 
     Args:
         ce_weight: of the cross-entropy weighted by edit sensitivity.
-        kl_weight: of KL(teacher || student); 0 switches the distillation off (paper, table 6).
+        kl_weight: of KL(teacher || student); 0 switches the distillation off (paper, table 6). With `weighted` off,
+            too, no teacher is asked: for a model that does not answer such questions with the edit before them
+            (`train/teacher_ce` tells), and would teach that.
         golden_weight: of -log p(right gist) at the tokens that predict the answer, the zero-gist being right out of
             scope; 0 as published, 0.05 in the paper's ablation.
         weighted: weight the cross-entropy by edit sensitivity (off: every token counts 1; paper, table 6).

@@ -64,7 +64,7 @@ def plain_losses(module: InComeS, original: torch.nn.Module, batch: GistBatch) -
     config, model = module.loss, module.gists
     newline = module.tokenizer("\n")["input_ids"]
     pool = model.compress(batch.edits, batch.edits_mask)
-    ce_rows, kl_rows, golden_rows, zero_rows = [], [], [], []
+    ce_rows, kl_rows, golden_rows, zero_rows, teacher_rows = [], [], [], [], []
     for b in range(len(batch)):
         length = int(batch.queries_mask[b].sum())
         ids = batch.queries[b, :length]
@@ -80,7 +80,7 @@ def plain_losses(module: InComeS, original: torch.nn.Module, batch: GistBatch) -
         trace: dict[int, Tensor] = {}
         out, _ = model(ids[None], torch.ones(1, length).long(), pool, batch.visible[b : b + 1], trace=trace)
         student = model.reader.model.get_output_embeddings()(out.last_hidden_state[0]).log_softmax(-1)
-        ce, count, kl, missed = torch.zeros(()), 0, [], []
+        ce, count, kl, missed, told = torch.zeros(()), 0, [], [], []
         for i in range(1 + head, length):
             token, answer = ids[i], bool(batch.answer[b, i])
             if golden >= 0 and (answer or config.ce_on == "all"):
@@ -91,13 +91,18 @@ def plain_losses(module: InComeS, original: torch.nn.Module, batch: GistBatch) -
             if answer or config.kl_on == "all":
                 kl.append(F.kl_div(student[i - 1], taught[i - 1], log_target=True, reduction="sum"))
             if answer:
+                told.append(-taught[i - 1, token])
                 missed.append(-torch.stack([t[0, i - 1, golden] for t in trace.values()]).mean())
         ce_rows.append(ce / max(count, 1))
         kl_rows.append(torch.stack(kl).mean())
+        if golden >= 0:
+            teacher_rows.append(torch.stack(told).mean())
         (golden_rows if golden >= 0 else zero_rows).append(torch.stack(missed).mean())
     n = len(batch)
     parts = {"weighted_ce": sum(ce_rows) / n, "kl": sum(kl_rows) / n}
     loss = config.ce_weight * parts["weighted_ce"] + config.kl_weight * parts["kl"]
+    if config.weighted:
+        parts["teacher_ce"] = sum(teacher_rows) / max(len(teacher_rows), 1)
     if config.golden_weight:
         parts |= {"golden": sum(golden_rows) / n, "zero": sum(zero_rows) / n}
         loss = loss + config.golden_weight * (parts["golden"] + parts["zero"])
@@ -179,6 +184,22 @@ def test_losses_of_other_architectures(build: Callable[..., InComeS], records: l
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
 
 
+def test_without_weights_and_distillation_no_teacher_is_asked(
+    build: Callable[..., InComeS], records: list[EditRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build(loss=LossConfig(weighted=False, kl_weight=0.0, chunk=5))
+    batch = batch_of(module, records, [0, 0, 0, 1])
+    expected = plain_losses(module, module.teacher, batch)
+    monkeypatch.setattr(module, "_teach", None)
+    found = module.losses(batch, batch.visible)
+    assert found.keys() == {"loss", "weighted_ce"}
+    torch.testing.assert_close(found["loss"], expected["weighted_ce"], atol=1e-5, rtol=1e-4)
+    wanted, got = gradients(module, expected["weighted_ce"]), gradients(module, found["loss"])
+    assert wanted.keys() == got.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, atol=2e-5, rtol=1e-3)
+
+
 def test_out_of_scope_rows_have_no_cross_entropy(build: Callable[..., InComeS], records: list[EditRecord]) -> None:
     for weighted in (True, False):
         module = build(
@@ -206,6 +227,8 @@ def test_splitting_a_batch_changes_nothing(build: Callable[..., InComeS], record
     ]
     losses = [module.losses(b, b.visible) for b in halves]
     for name, value in whole.items():
+        if name == "teacher_ce":  # a mean over queries in scope, of which the halves have more or fewer
+            continue
         torch.testing.assert_close((losses[0][name] + losses[1][name]) / 2, value, atol=1e-6, rtol=1e-5)
     split = gradients(module, (losses[0]["loss"] + losses[1]["loss"]) / 2)
     for name, grad in grads.items():
