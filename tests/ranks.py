@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 240  # seconds for each run of a job; the first one may compile an operator
+LIMIT = 480  # seconds for each run of a job; the first one may compile an operator, and others may want the cores
 sys.path.insert(0, str(ROOT))
 
 QUIET = [
