@@ -115,6 +115,13 @@ def gradients(module: InComeS, loss: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
+def same_gradients(module: InComeS, expected: Tensor, found: Tensor) -> None:
+    wanted, got = gradients(module, expected), gradients(module, found)
+    assert wanted.keys() == got.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("reader", ["student", "original"])
 @pytest.mark.parametrize("train", TRAIN)
 @pytest.mark.parametrize("selection", ["qk", "hidden"])
@@ -137,10 +144,7 @@ def test_losses_and_gradients_against_plain_arithmetic(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    wanted, got = gradients(module, expected["loss"]), gradients(module, found["loss"])
-    assert wanted.keys() == got.keys()
-    for name, grad in wanted.items():
-        torch.testing.assert_close(got[name], grad, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    same_gradients(module, expected["loss"], found["loss"])
 
 
 @pytest.mark.parametrize("ce_on", ["answer", "all"])
@@ -194,10 +198,7 @@ def test_without_weights_and_distillation_no_teacher_is_asked(
     found = module.losses(batch, batch.visible)
     assert found.keys() == {"loss", "weighted_ce"}
     torch.testing.assert_close(found["loss"], expected["weighted_ce"], atol=1e-5, rtol=1e-4)
-    wanted, got = gradients(module, expected["weighted_ce"]), gradients(module, found["loss"])
-    assert wanted.keys() == got.keys()
-    for name, grad in wanted.items():
-        torch.testing.assert_close(got[name], grad, atol=2e-5, rtol=1e-3)
+    same_gradients(module, expected["weighted_ce"], found["loss"])
 
 
 def test_out_of_scope_rows_have_no_cross_entropy(build: Callable[..., InComeS], records: list[EditRecord]) -> None:
