@@ -6,6 +6,7 @@ A test writes what is to be run, `together` starts the ranks, and rank 0 leaves 
 import errno
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -61,9 +62,20 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port where nothing listens, out of this test process's own thousand.
+
+    They lie below those that the kernel hands to whoever asks for any: such a one may be another test's connection by
+    the time the ranks meet.
+    """
+    first = 20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.sample(range(first, first + 1_000), 100):
+        with socket.socket() as found:
+            try:
+                found.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(errno.EADDRINUSE, f"a hundred ports between {first} and {first + 1_000} are taken")
 
 
 def start(folder: Path, runs: Sequence[Mapping[str, Any]], ranks: int = 2) -> list[subprocess.Popen[str]]:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from ranks import free_port
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainers import fit
@@ -412,9 +412,10 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(tmp_path: Path, capfd: pyte
 RANKS = """
 import json, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path[:0] = {paths!r}
 import lightning as L
 import torch
+from ranks import free_port
 from torch.utils.data import DataLoader, TensorDataset
 from test_save_checkpoints import Scored
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
@@ -443,11 +444,8 @@ end_group()
 
 
 def test_two_ranks_decide_alike(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    place = {"root": str(ROOT), "here": str(Path(__file__).parent), "folder": str(tmp_path)}
-    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
+    place = {"paths": [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)], "folder": str(tmp_path)}
+    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS.format(rank=rank, **place)],
