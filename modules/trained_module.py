@@ -54,6 +54,7 @@ class TrainedModule(L.LightningModule, Generic[M]):
         self.model: M | None = None
         self._answers: Answers | None = None
         self.metrics: EditMetrics | None = None
+        self.teaches = True  # off: only to edit with, so that no teacher is copied that nobody would ask
 
     # ------------------------------------------------------------------ building
 

@@ -40,6 +40,7 @@ def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None
         "--trainer.precision=32-true",
     ]
     cli = TrainingCLI([f"--config={config}", *here])
+    cli.model.teaches = False
     fill(cli.model, path, manifest["kind"])
     results = Path(metrics) if metrics else Path(run_dir) / "evaluation.json"
     about = {

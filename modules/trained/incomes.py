@@ -97,7 +97,6 @@ class InComeS(TrainedModule[GistModel]):
         self.seed = seed
         self.strict_loading = False  # frozen parameters are never in a checkpoint; on_load_checkpoint checks the rest
         self._outside: dict[str, Any] = {}  # what must be neither trained, sharded nor saved: the teacher
-        self.teaches = True  # off: only to edit with, so that no teacher is copied that nobody would ask
 
     # ------------------------------------------------------------------ building
 

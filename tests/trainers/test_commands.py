@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_an_export_tells_where_it_comes_from(exported: Path) -> None:
     assert facts["backbone"]["source"] == "random:llama"
     assert facts["data"]["class_path"].endswith("EditDataModule")
     assert {"torch", "transformers", "palimpsest"} <= set(facts["versions"])
+
+
+def test_no_teacher_is_copied_to_export(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deepcopy(model: object) -> object:
+        raise AssertionError("a second model was made, which nobody asks")
+
+    monkeypatch.setattr("modules.trained.incomes.copy", SimpleNamespace(deepcopy=deepcopy))
+    run(export_command.export, [f"--run_dir={exported.parent}/run", f"--out={tmp_path}/again"])
+    again, before = tmp_path / "again" / "editor.safetensors", exported / "editor.safetensors"
+    assert again.read_bytes() == before.read_bytes()
 
 
 def test_edit_shows_before_and_after(exported: Path, edits: Path, capsys: pytest.CaptureFixture) -> None:
