@@ -26,8 +26,8 @@ from trainers.usage import Plain, told
 
 DESCRIPTION = (
     "Meta-train a knowledge editor: --config NAME, a YAML by path or by bare name in configs/, whose README.md lists "
-    "them. Several are laid over one another, and --a.b.c VALUE over all. The editor's keys: --model.help "
-    "modules.trained.InComeS (or MEND, IBKE, SERAC, DistillMIKE); the data's: --data.help datamodules.EditDataModule. "
+    "them. Several are laid over one another, and --a.b.c VALUE over all. All keys of a config, the editor's and the "
+    "data's too, each with what it means: --config NAME --print_config=comments. "
     "With --dry_run it says what the run would need, and runs nothing."
 )
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

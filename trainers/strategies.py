@@ -46,7 +46,8 @@ class Zero(DeepSpeedStrategy):
             whole, which is faster.
         gather_for_validation: under stage 3, hold all weights on every rank while edits are validated: ranks may then
             do unequal work, and each generated token costs no communication. False: weights come layer by layer.
-        reduce_bucket_size, allgather_bucket_size: elements of one communication, each a buffer in memory.
+        reduce_bucket_size: elements of one reduction of gradients, a buffer in memory.
+        allgather_bucket_size: elements of one gathering of parameters, likewise.
         persistence_threshold: parameters with fewer elements are not shared out (stage 3).
         overlap_comm: communicate during the backward pass.
         timeout: seconds after which a rank that waits for another gives up.

@@ -139,10 +139,11 @@ def _unknown(where: tuple[str | type, ...], key: str, parser: ArgumentParser) ->
     known = _keys(_of(kind) if isinstance(kind, type) else parser)
     before = f"--{_path(where)}." if where else "--"
     near = nearest(key, known)
+    own = [name for name in known if "." not in name]
     if near:
         remedy = f"the nearest is {before}{near}"
-    elif isinstance(kind, type):
-        remedy = f"there are: {', '.join(name for name in known if '.' not in name)}"
+    elif isinstance(kind, type) and own:
+        remedy = f"there are: {', '.join(own)}"
     else:
         remedy = _help(parser)
     return f"{before}{key}: no such key; {remedy}"

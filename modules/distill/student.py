@@ -24,7 +24,8 @@ class AdapterOptions:
     """The adapters (library defaults as released; GPT-NeoX has `query_key_value` for the targets).
 
     Args:
-        rank, alpha: their product is scaled by alpha / rank.
+        rank: of the product of each adapter's two factors.
+        alpha: that product is scaled by alpha / rank.
         targets: names of linear layers, or the ends of them. Not the output head, of which the teacher's distributions
             are made too.
     """

@@ -64,7 +64,8 @@ class QueryConfig:
         rates: how often each kind is drawn, among those that the record has. Locality queries are out of scope: the
             teacher sees no edit there, and the zero-gist is the right choice.
         closing: text after the answer, scored with it: a model that only ever sees answers does not learn to end one.
-        max_edit_tokens, max_query_tokens: longer edits, or edit + query, are left out of training (paper: 128 and 256).
+        max_edit_tokens: records with a longer edit are left out of training (paper).
+        max_query_tokens: and those whose edit and query are longer together (paper).
     """
 
     per_record: int = 1

@@ -34,7 +34,8 @@ class GistConfig:
         temperature: logits are divided by it at inference when more than ten keys compete (released code: 0.45).
         match_layer: whose input `hidden` selection, and that part of `both`, sees, as a share of the depth; at most the
             first layer that takes part.
-        scale, threshold: where `hidden` selection starts: factor on the cosine, and cosine of indifference.
+        scale: where `hidden` selection starts: the factor on the cosine.
+        threshold: where it starts: the cosine of indifference.
     """
 
     layers: Literal["upper", "all"] = "upper"

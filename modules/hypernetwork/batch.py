@@ -73,7 +73,8 @@ class EditQueries:
         locality_from: `record`: its own locality queries, where it has any; `others`: the edits of other pools of the
             micro-batch, which are as likely as its own to be edited (published with MEND). Where there are none, the
             other is taken.
-        max_edit_tokens, max_query_tokens: records with longer ones are left out of training.
+        max_edit_tokens: records with a longer edit are left out of training.
+        max_query_tokens: and those with a longer query, its answer included.
     """
 
     generality: int = 1

@@ -99,6 +99,7 @@ class HyperOptimizer(WarmUp):
     Args:
         lr: of the hypernetwork.
         rates_lr: of the step sizes of edits, which are learned too.
+        betas: shares that stay of the running first and second moment in each step.
         eps: added to the root of the second moment.
         warmup_steps: in optimizer steps.
     """

@@ -73,8 +73,8 @@ class SeracQueries:
         pairs: what an edit is told apart from: `own`, its record's negatives (released: the row's own pair); `pool`,
             half of the weight on these, half on the queries of the pool's other records.
         hard: hard negatives.
-        max_edit_tokens, max_query_tokens: records with a longer statement, or a longer query with its answer, are left
-            out of training; in tokens of the language models.
+        max_edit_tokens: records with a longer statement are left out of training; in tokens of the language models.
+        max_query_tokens: and those with a longer query, its answer included.
     """
 
     positives: int = 1

@@ -21,7 +21,8 @@ class HardConfig:
 
     Args:
         rate: how often one stands in for a record's own locality query; 0: never.
-        first, last: which neighbours, counted from the nearest.
+        first: of the neighbours that are drawn, counted from the nearest.
+        last: of these neighbours.
         temperature: a neighbour is drawn with weight exp(similarity / temperature).
         records: training records whose locality questions are looked among.
         encoder: what measures similarity. It is not trained.

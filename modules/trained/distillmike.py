@@ -74,7 +74,9 @@ class DistillOptimizer(WarmUp):
 
     Args:
         lr: of the adapters.
+        betas: shares that stay of the running first and second moment in each step.
         eps: added to the root of the second moment.
+        weight_decay: what a parameter loses in each step, as a share of itself, times the rate.
         warmup_steps: in optimizer steps.
     """
 

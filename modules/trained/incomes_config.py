@@ -47,8 +47,11 @@ class OptimizerConfig:
         lr: peak rate of the language model's parameters and the gist token.
         selection_lr: peak rate of selection; `lr` where None. 0 leaves selection as it was calibrated.
         min_lr_share: the floor, as a share of the peak.
+        betas: shares that stay of the running first and second moment in each step.
         eps: added to the root of the second moment: an element whose gradients are not far above it moves little.
-        warmup_steps, decay_steps: in optimizer steps; decay_steps None: the trainer's max_steps.
+        weight_decay: what a parameter loses in each step, as a share of itself, times the rate.
+        warmup_steps: of the linear warm-up, in optimizer steps.
+        decay_steps: of warm-up and decay, in optimizer steps; None: the trainer's max_steps.
     """
 
     lr: float = 1e-5

@@ -66,6 +66,7 @@ class SeracOptimizer(WarmUp):
     Args:
         lr: of the counterfactual model.
         scope_lr: of the classifier; the same by default.
+        betas: shares that stay of the running first and second moment in each step.
         eps: added to the root of the second moment.
         warmup_steps: in optimizer steps.
     """

@@ -147,6 +147,27 @@ def test_help_describes_every_option_and_has_an_example(function: Callable[..., 
     assert "top of this file" not in said
 
 
+TRAINED = [f"{editor}_tiny.yaml" for editor in ("incomes", "mend", "ibke", "serac", "distillmike")]
+
+
+@pytest.mark.parametrize(
+    ("main", "configs"),
+    [
+        *((parse, [config]) for config in TRAINED),
+        (parse, ["incomes_tiny.yaml", "zero3_cpu.yaml"]),
+        (evaluate.evaluate, ["benchmark_smollm2.yaml"]),
+        (ability.ability, ["ability_smollm2.yaml"]),
+    ],
+)
+def test_a_printed_config_explains_every_key(main: Callable[..., Any], configs: list[str]) -> None:
+    args = [*(f"--config={config}" for config in configs), "--print_config=comments"]
+    printed, code = ends(parse, args) if main is parse else ends(command.run, main, args)
+    assert code in (0, None)
+    comments = [line.strip() for line in printed.splitlines() if line.strip().startswith("# ")]
+    assert sum("(type:" in line for line in comments) > 10
+    assert not [line for line in comments if line.startswith("#  (type:")]
+
+
 def test_other_commands_say_what_is_wrong_in_one_line() -> None:
     wrong = {
         "--run_dri=x": "error: --run_dri: no such key; the nearest is --run_dir\n",

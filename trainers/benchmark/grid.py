@@ -26,7 +26,8 @@ class GridDataset:
         exact_match: of the default protocol: also generate and compare whole answers.
         queries_per_kind: ask only so many rephrases, and locality and portability queries of each kind, of a record.
         demonstrations: of the protocol mquake.
-        fluency, references: of the protocol counterfact.
+        fluency: of the protocol counterfact: let the models write too, and measure it (GE).
+        references: of the protocol counterfact: texts for the consistency (RS) of what is written.
     """
 
     data: list[Source]
