@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from datamodules.tokens import Encoded, encode
+from modules.asked import question_of
 from modules.backbone import Backbone
 from modules.editor import TargetScore
 from modules.memory import EditMemory
@@ -43,7 +44,8 @@ class PromptEditor(MemoryEditor):
     def tell(self, memory: EditMemory, prompts: Sequence[str]) -> list[Context | None]:
         """What stands before each prompt, given a memory that is not empty; None: nothing, the prompt is out of scope.
 
-        It depends on the prompt and the memory alone.
+        It depends on the prompt and the memory alone. Of a prompt that begins with solved questions it is given the
+        question.
         """
 
     def unedited(self, backbone: Backbone) -> "Prompted":
@@ -68,7 +70,7 @@ class Prompted(Remembering):
         """
         new = [p for p in dict.fromkeys(prompts) if p not in self._told]
         if new and len(self.memory):
-            self._told.update(zip(new, self.editor.tell(self.memory, new), strict=True))
+            self._told.update(zip(new, self.editor.tell(self.memory, [question_of(p) for p in new]), strict=True))
         return [self._fitting(p, c, room) if (c := self._told.get(p)) else None for p in prompts]
 
     def context_tokens(self, prompts: Sequence[str]) -> list[int]:

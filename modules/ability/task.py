@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from datamodules.tokens import encode
+from modules.asked import Asked
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.metrics import summarise
@@ -132,7 +133,7 @@ def _fitted(example: Example, backbone: Backbone, new_tokens: int) -> Example | 
     room = getattr(backbone.model.config, "max_position_embeddings", None)
     answer = max([new_tokens, *(len(encode(backbone.tokenizer, option).ids) for option in example.options)])
     for shots in range(len(example.shots), -1, -1):
-        prompt = example.head + "".join(example.shots[:shots]) + example.prompt
+        prompt = Asked(example.head + "".join(example.shots[:shots]), example.prompt)
         if not room or len(encode(backbone.tokenizer, prompt).ids) + answer <= room:
             return replace(example, prompt=prompt, head="", shots=())
     return None

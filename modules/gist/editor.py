@@ -15,8 +15,9 @@ from torch import Tensor
 
 from datamodules.records import EditRequest
 from datamodules.tokens import encode, pad, pad_id
+from modules.asked import parts_of
 from modules.backbone import Backbone
-from modules.editor import Edited, TrainedEditor
+from modules.editor import Edited, TargetScore, TrainedEditor
 from modules.fingerprint import weights_hash
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
@@ -39,6 +40,47 @@ class GistEdited(Edited):
         self, ids: Tensor, mask: Tensor, state: Any = None, trace: dict[int, Tensor] | None = None, **options: Any
     ) -> tuple[Any, Any]:
         return self.model(ids, mask, self.pool, carried=state, trace=trace, **options)
+
+    def score(
+        self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
+    ) -> list[TargetScore]:
+        """See `Edited.score`. Solved questions before the one that is asked are read without the pool, once for all."""
+        scores: dict[int, TargetScore] = {}
+        for reader, rows, given in self._parts(prompts):
+            found = super(GistEdited, reader).score(given, [targets[i] for i in rows], batch_size, top_k)
+            scores |= zip(rows, found, strict=True)
+        return [scores[i] for i in range(len(prompts))]
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+        """See `Edited.generate`, and `score`."""
+        texts: dict[int, str] = {}
+        for reader, rows, given in self._parts(prompts):
+            texts |= zip(rows, super(GistEdited, reader).generate(given, max_new_tokens, batch_size), strict=True)
+        return [texts[i] for i in range(len(prompts))]
+
+    def _parts(self, prompts: Sequence[str]) -> Iterator[tuple["GistEdited", list[int], list[str]]]:
+        """Who reads which prompts, and what of them."""
+        if not len(self.pool):
+            yield self, list(range(len(prompts))), list(map(str, prompts))
+            return
+        groups: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(parts_of(prompt)[0], []).append(i)
+        for shots, rows in groups.items():
+            yield self._after(shots), rows, [parts_of(prompts[i])[1] for i in rows]
+
+    @torch.no_grad()
+    def _after(self, shots: str) -> "GistEdited":
+        """The same after text that no edit is to be read in: an edited fact may be named there that is not asked."""
+        if not shots:
+            return self
+        reader = GistEdited(self.model, self.requests, self.pool)
+        reader.context = shots
+        ids = torch.tensor([encode(self.backbone.tokenizer, shots, bos=self.bos).ids], device=self.backbone.device)
+        reader._check_room(ids.shape[1])
+        out, _ = self.model(ids, torch.ones_like(ids), None, use_cache=True)
+        reader._prefix = (out.last_hidden_state[0, -1], out.cache)
+        return reader
 
     @contextmanager
     def edit(self, requests: Sequence[EditRequest]) -> Iterator["GistEdited"]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 
+from modules.asked import Asked
 from modules.protocols.text import first_line
 
 # Of this project's own making, for when MQuAKE's files are not at hand.
@@ -55,13 +56,13 @@ class FewShot:
         """A short hash of all demonstrations, by which two results tell whether theirs are the same."""
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    def ask(self, question: str) -> str:
+    def ask(self, question: str) -> Asked:
         """The prompt of a multi-hop question."""
         if self.thinks:
-            return f"{self.multi_hop.rstrip()}\n\nQuestion: {question}\n{_THOUGHTS}"
+            return Asked(f"{self.multi_hop.rstrip()}\n\n", f"Question: {question}\n{_THOUGHTS}", question)
         return _after(self.multi_hop, question)
 
-    def ask_hop(self, question: str) -> str:
+    def ask_hop(self, question: str) -> Asked:
         """The prompt of a single-hop question."""
         return _after(self.relations.get(self.relation(question) or "", self.single_hop), question)
 
@@ -90,8 +91,8 @@ class FewShot:
         return first_line(text)
 
 
-def _after(demonstrations: str, question: str) -> str:
-    return f"{demonstrations.rstrip()}\nQ: {question} A:"
+def _after(demonstrations: str, question: str) -> Asked:
+    return Asked(f"{demonstrations.rstrip()}\n", f"Q: {question} A:", question)
 
 
 def _frame(demonstrations: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from datamodules.records import EditRequest
 from datamodules.tokens import encode
+from modules.asked import question_of
 from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore, TrainedEditor
 from modules.fingerprint import weights_hash
@@ -64,12 +65,13 @@ class SeracEdited(Edited):
 
     @torch.no_grad()
     def scope(self, prompts: Sequence[str]) -> list[Scope]:
-        """The nearest edit of each prompt. It is in scope where its similarity is above the classifier's threshold."""
+        """The nearest edit of each prompt, or of the question that it ends with after solved ones. It is in scope where
+        its similarity is above the classifier's threshold."""
         if not self.requests or not prompts:
             return [Scope(None, 0.0)] * len(prompts)
         distinct = list(dict.fromkeys(prompts))
         classifier = self.model.scope
-        vectors = classifier.encoder.embed(distinct)
+        vectors = classifier.encoder.embed([question_of(prompt) for prompt in distinct])
         similarity, edit = classifier.nearest(vectors, self.vectors.to(vectors))
         rows = zip(edit.tolist(), similarity.tolist(), strict=True)
         found = {p: Scope(self.requests[i], s) for p, (i, s) in zip(distinct, rows, strict=True)}

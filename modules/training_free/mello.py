@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from datamodules.tokens import encode
+from modules.asked import question_of
 from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore
 from modules.memory import EditMemory, EncoderConfig
@@ -192,7 +193,7 @@ class Worked(Remembering):
         Raises:
             ValueError: for an empty prompt, or one that leaves no room for an answer.
         """
-        new = {p: Trace(f"{QUESTION} {p}\n") for p in dict.fromkeys(prompts) if p not in self._traces}
+        new = {p: Trace(f"{QUESTION} {question_of(p)}\n") for p in dict.fromkeys(prompts) if p not in self._traces}
         for prompt, trace in new.items():
             encode(self.backbone.tokenizer, prompt)  # an empty one is refused there
             if not self._fits(trace.text, ROOM):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datamodules.records import EditRecord, EditRequest, Query
+from modules.asked import Asked
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.serac.editor import SeracEdited, SeracEditor
@@ -31,6 +32,9 @@ def test_the_gate(tiny_serac: Callable[..., SeracModel]) -> None:
     scopes = edited.scope(["City B is in", "Water boils at"])
     assert scopes[0].similarity == pytest.approx(1.0, abs=1e-4)
     assert 0 <= scopes[1].similarity < 0.99
+    # solved questions before a question are no part of what is asked
+    asked = [Asked("City A is in\n", "Water boils at"), Asked("Where?\n", "City B is in")]
+    assert edited.edit_of(asked) == [None, EDITS[1]]
     limit = scopes[1].similarity
     for threshold, inside in ((limit - 1e-3, True), (limit + 1e-3, False)):
         edited.model.scope.config.threshold = threshold
