@@ -104,6 +104,9 @@ def load_editor(folder: Path | str) -> TrainedEditor:
         if facts["format"] != FORMAT or facts["editor"] not in known:
             raise ValueError(f"format {facts['format']!r} of editor {facts['editor']!r} is not known here")
         kind = known[facts["editor"]]
+        for part in ("backbone", "counterfactual"):  # Liger's kernels run on CUDA alone, and this may be used anywhere
+            if part in facts:
+                facts[part]["liger"] = False
         module = kind.build(folder, facts)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error!r}; export again") from error

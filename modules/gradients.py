@@ -7,7 +7,7 @@ independent edits, since the loss is a sum over rows and no row sees another; th
 B edits, T tokens, n tokens of all edits that have a gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,21 @@ def answer_loss(backbone: Backbone, hidden: Tensor, ids: Tensor, answer: Tensor,
     row, at = predicting(answer).nonzero(as_tuple=True)
     ce = token_cross_entropy(hidden[row, at], head_of(backbone.model), ids[row, at + 1], chunk)
     return mean_per_row(ce, row, len(ids))
+
+
+def reached(outputs: Iterable[Tensor]) -> set[int]:
+    """The ids of the leaves that a gradient of any of these outputs comes to, by their graph; nothing is computed."""
+    left = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(left)
+    leaves = set()
+    while left:
+        node = left.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        left += new
+    return leaves
 
 
 def gradient_factors(

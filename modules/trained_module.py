@@ -119,8 +119,8 @@ class TrainedModule(L.LightningModule, Generic[M]):
     # ------------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
-        pools = self.trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        self.metrics = EditMetrics.of([r for pool in pools for r in pool.records]).to(self.device)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.metrics = EditMetrics.of(data.validation_records()).to(self.device)  # all ranks' records on every rank
         if self._answers is None:  # the original never changes: it is asked once in a run
             self._answers = Answers(Edited(self.built.backbone))
 

@@ -91,6 +91,9 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={"prog": "python -m trainers.fit", "description": DESCRIPTION},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the DataModule plans every rank's micro-batches
+                # weights that ZeRO-3 gathers in it stay inference tensors, which no gradient can be taken of: MEND's
+                # edits need one in validation, and training after it
+                "inference_mode": False,
                 "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "", "name": "", "version": ""}},
             },
             seed_everything_default=0,

@@ -18,7 +18,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -44,8 +44,6 @@ class Zero(DeepSpeedStrategy):
         offload_parameters: keep the shards of the parameters there (stage 3).
         partition_teacher: share out a frozen model beside the trained one too (stage 3); otherwise each rank has it
             whole, which is faster.
-        gather_for_validation: under stage 3, hold all weights on every rank while edits are validated: ranks may then
-            do unequal work, and each generated token costs no communication. False: weights come layer by layer.
         reduce_bucket_size: elements of one reduction of gradients, a buffer in memory.
         allgather_bucket_size: elements of one gathering of parameters, likewise.
         persistence_threshold: parameters with fewer elements are not shared out (stage 3).
@@ -64,7 +62,6 @@ class Zero(DeepSpeedStrategy):
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         partition_teacher: bool = False,
-        gather_for_validation: bool = True,
         reduce_bucket_size: int = 200_000_000,
         allgather_bucket_size: int = 200_000_000,
         persistence_threshold: int = 100_000,
@@ -97,7 +94,6 @@ class Zero(DeepSpeedStrategy):
         )
         self.stage = stage
         self.partition_teacher = partition_teacher
-        self.gather_for_validation = gather_for_validation
         assert isinstance(self.config, dict)
         # torch's AdamW steps on the host too; DeepSpeed's own would have to be compiled
         self.config["zero_force_ds_cpu_optimizer"] = False
@@ -183,6 +179,11 @@ class Zero(DeepSpeedStrategy):
     def _device_rank(self) -> int:
         return self.local_rank if self.root_device.index is None else self.root_device.index
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss is a share of the step's already: Lightning divides it by the number of accumulated micro-batches,
+        as it does for all strategies, and DeepSpeed would do so again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     # ------------------------------------------------------------------ shards
 
     def hold(self, frozen: PreTrainedModel, keep_dtype: bool = False) -> None:
@@ -248,9 +249,11 @@ class Zero(DeepSpeedStrategy):
                 self._gathered -= 1
 
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        if self.stage != 3 or not self.gather_for_validation:
+        if self.stage != 3:
             return super().validation_step(*args, **kwargs)
         assert self.lightning_module is not None
+        # whole on every rank: edits of unlike records take unlike numbers of passes, and ranks that fetched weights
+        # layer by layer would wait for one another for ever
         with self.gathered(), self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
 

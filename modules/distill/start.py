@@ -24,6 +24,7 @@ from modules.delta_edited import MEMORY
 from modules.editor import Editor
 from modules.interventions import Deltas, LowRank, shape
 from modules.summed import Summed
+from modules.training_free.metrics import forget
 
 FILE = "deltas.safetensors"
 VERSION = 1  # of what editors make: a change makes old folders unknown
@@ -47,6 +48,7 @@ def make(start: Editor, backbone: Backbone, requests: Sequence[EditRequest], wei
         return place
     with start.edit(backbone, requests) as edited:
         changes = edited.weight_changes()
+    forget(backbone.model)  # beside the student that is trained now there may be no room
     if not changes:
         raise ValueError(
             f"model.start: the edits of {start.name} are no change of weights, so no student can start from them; take "

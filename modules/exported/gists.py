@@ -70,6 +70,8 @@ def _fill_gists(module: InComeS, folder: Path) -> None:
     wanted = set(_trained(module))
     if not lora and module.reader == "student":
         wanted = {n for n in wanted if not n.startswith(_ENCODER)}  # it is the plain model, loaded already
+    # what compression never reaches was saved too by exports from before it was known to be idle
+    saved = {n: t for n, t in saved.items() if n in wanted or not n.startswith(_ENCODER)}
     fill_tensors(model, saved, wanted, folder)
     model.requires_grad_(False).eval()
 

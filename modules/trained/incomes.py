@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, inject_adapter_in_model
@@ -21,6 +22,7 @@ from modules.gist.batch import GistBatch, GistCollator, QueryConfig
 from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig, GistModel
+from modules.gradients import reached
 from modules.losses import (
     Head,
     edit_sensitivity,
@@ -57,7 +59,7 @@ class InComeS(TrainedModule[GistModel]):
         visible_warmup_steps: over these steps the share of the pool that a query sees grows from its own gist to all.
         calibration_records: how many training records set where selection starts; 0: none.
         calibration_steps: of fitting the matcher (selection: hidden).
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass; not those of an original reader.
         exact_match: also validate by generation.
         seed: of the model's own draws.
     """
@@ -104,6 +106,18 @@ class InComeS(TrainedModule[GistModel]):
         """How the DataModule's slots become batches."""
         return GistCollator(self.tokenizer, self.queries, self.gist_config.bos)
 
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse what can be known to be wrong before any process is started.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {trainer.precision} rounds the angles of the student's positions, and not those of "
+                "its teacher; take bf16-mixed, or 32-true with model.backbone.dtype bfloat16"
+            )
+
     @property
     def gists(self) -> GistModel:
         return self.built
@@ -128,7 +142,8 @@ class InComeS(TrainedModule[GistModel]):
         if datamodule is not None and self.calibration_records and hasattr(datamodule, "calibration_records"):
             rank_zero_info(f"calibrating selection on {self.calibration_records} training records ...")
             records = datamodule.calibration_records(self.calibration_records)
-            self.model.to(self.trainer.strategy.root_device)  # ZeRO-3 has modules built on the CPU
+            for model in (self.model, self.model.reader.model):  # ZeRO-3 has modules built on the CPU
+                model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
             calibrate(self.model, records, self.seed, self.calibration_steps)
         self.model.train()
         if self.gradient_checkpointing:
@@ -167,6 +182,12 @@ class InComeS(TrainedModule[GistModel]):
                 language_model.get_submodule(model.backbone.parts.norm).requires_grad_(True)
         else:
             only_adapters(language_model)
+        if self.reader == "original":  # compression ends at the keys and values of the last layer
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.backbone.device)
+            with torch.enable_grad():
+                trained = reached(model.compress(ids, torch.ones_like(ids)).tensors().values())
+            for p in language_model.parameters():
+                p.requires_grad_(id(p) in trained)
 
     @property
     def teacher(self) -> nn.Module:

@@ -163,12 +163,6 @@ class SERAC(TrainedModule[SeracModel]):
                 f"trainer.precision {trainer.precision}: similarities near 1 decide what is in scope; take 32-true or "
                 "bf16-mixed"
             )
-        strategy: Any = trainer.strategy
-        if getattr(strategy, "stage", None) == 3 and not strategy.gather_for_validation:
-            raise ValueError(
-                "trainer.strategy.init_args.gather_for_validation false: prompts decide which model answers, so ranks "
-                "would make unequal numbers of passes and wait for each other for ever; leave it true"
-            )
         source = self.counterfactual.source
         same_tokens(self.tokenizer, self.backbone_config.source, load_tokenizer(self.counterfactual), source)
 

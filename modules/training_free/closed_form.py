@@ -50,12 +50,13 @@ class Inverse:
     """
 
     def __init__(self, moments: Tensor, name: str = "") -> None:
-        wide = moments.double()
-        mean = float(wide.diagonal().mean())
+        wide = moments.to(torch.float64, copy=True)
+        diagonal = wide.diagonal().clone()
+        mean = float(diagonal.mean())
         for exponent in (None, *range(-12, -3)):
             ridge = 0.0 if exponent is None else 10.0**exponent * mean
-            shifted = wide + ridge * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-            self.factor, failed = torch.linalg.cholesky_ex(shifted)
+            wide.diagonal().copy_(diagonal + ridge)
+            self.factor, failed = torch.linalg.cholesky_ex(wide)
             if not bool(failed) and mean > 0:
                 return
         raise ValueError(
@@ -72,6 +73,11 @@ class Projection:
 
     def __init__(self, basis: Tensor) -> None:
         self.basis = basis.double()
+
+    @property
+    def rank(self) -> int:
+        """How many directions it leaves."""
+        return self.basis.shape[0] - self.basis.shape[1]
 
     def __call__(self, keys: Tensor) -> Tensor:
         keys = keys.double()

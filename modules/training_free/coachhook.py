@@ -43,6 +43,11 @@ class HookedEdited(LocatedEdited):
 
     editor: "CoachHook"
 
+    @property
+    def method(self) -> str:
+        """With the unit of the scores that are remembered, which another scope would misread."""
+        return f"{super().method}{' with scope.relative' if self.editor.scope.relative else ''}"
+
     def alphas(self) -> dict[str, float]:
         """The threshold of each layer, from what is remembered of the edits: taking one out takes it back."""
         return {name: self.editor.scope.threshold(self.memory.get(PEAK + name)) for name in self.terms}
@@ -157,14 +162,18 @@ class CoachHook(MEMIT):
         ids, mask = (t.to(backbone.device) for t in pad([r.ids for r in rows], pad_id(backbone.tokenizer)))
         at = torch.arange(len(rows), device=ids.device), torch.tensor([r.subject for r in rows], device=ids.device)
         found: dict[str, Tensor] = {}
+        names = list(edited.terms)
+        after = self.scope.calibrate_on == "edited"
         gates: dict[str, Gate] = {}
-        for name, term in edited.terms.items():
-            gates[name] = Gate(term, torch.inf, replace(self.scope, short=None))  # it judges, and replaces nothing
+        for group in [[name] for name in names] if after else [names]:  # layer by layer, or all of them in one pass
+            # they judge, and replace nothing
+            gates |= {n: Gate(edited.terms[n], torch.inf, replace(self.scope, short=None)) for n in group}
             with gated(backbone, gates):
                 backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-            scores = gates[name].scores
-            found[PEAK + name] = (scores.amax(1) if self.scope.calibrate == "peak" else scores[at]).float()
-            if self.scope.calibrate_on == "edited":
-                known = [m[PEAK + name] for m in (before.memory, found) if PEAK + name in m]
-                gates[name] = Gate(term, self.scope.threshold(torch.cat(known)), self.scope)
+            for name in group:
+                scores = gates[name].scores
+                found[PEAK + name] = (scores.amax(1) if self.scope.calibrate == "peak" else scores[at]).float()
+                if after:
+                    known = [m[PEAK + name] for m in (before.memory, found) if PEAK + name in m]
+                    gates[name] = Gate(edited.terms[name], self.scope.threshold(torch.cat(known)), self.scope)
         return found

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-4  # of a query's length, by which the same prompt may differ from batch to batch
+
+def rounding(dtype: torch.dtype) -> float:
+    """The share of a query's length by which the same prompt may differ from batch to batch in a model of this type."""
+    return max(1e-4, 2 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class Codebook:
         distance, key = far.masked_fill(self.epsilons < 0, torch.inf).min(1)
         return key, distance
 
-    def place(self, key: Tensor, label: tuple[int, ...], epsilon: float) -> tuple["Codebook", bool]:
+    def place(self, key: Tensor, label: tuple[int, ...], epsilon: float, same: float = 1e-4) -> tuple["Codebook", bool]:
         """Make room for an edit whose query is `key` [d_in] (the paper's algorithm 1).
 
         Far from all keys: a new one. Near one of the same label: that one's ball grows to take it in. Near one of
         another label: a new key, and the balls of both end half way. At one of another label, which is the same
         question answered anew: a new key takes the old one's place, since no ball could tell them apart.
+
+        Args:
+            same: keys no farther apart than this share of their length are one (`rounding`).
 
         Returns:
             The codebook, and whether it has a new key, whose value is yet to be found.
@@ -56,7 +62,7 @@ class Codebook:
                     grown[at] = max(d, float(grown[at]))
                     return replace(self, epsilons=grown, key_of=(*self.key_of, at)), False
                 shrunk = self.epsilons.clone()
-                if d <= ROUNDING * float(key.norm()):
+                if d <= same * float(key.norm()):
                     epsilon, shrunk[at] = float(shrunk[at]), -1
                 else:
                     shrunk[at] = epsilon = d / 2

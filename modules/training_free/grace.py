@@ -21,7 +21,7 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.hypernetwork.batch import Scored, padded
 from modules.interventions import Hook, hooked, shape
-from modules.training_free.codebook import Codebook
+from modules.training_free.codebook import Codebook, rounding
 from modules.training_free.locate import layer_numbers
 from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from modules.training_free.shared import (
@@ -220,11 +220,12 @@ class GraceEdited(Edited):
         new = to_make(editor.name, requests, self.requests)
         rows = encode_targets(backbone, new)
         book, tuned = self.codebook, {}  # key -> the row that its value is tuned on
+        same = rounding(next(backbone.model.parameters()).dtype)
         with tuning(backbone):
             for at in range(0, len(rows), editor.batch_size):
                 batch = rows[at : at + editor.batch_size]
                 for row, query in zip(batch, editor.queries(backbone, batch), strict=True):
-                    book, fresh = book.place(query, row.ids[row.start :], editor.epsilon)
+                    book, fresh = book.place(query, row.ids[row.start :], editor.epsilon, same)
                     if fresh or editor.tune_expanded:
                         tuned[book.key_of[-1]] = row
             values = book.values.clone()

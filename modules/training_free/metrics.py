@@ -2,10 +2,30 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from modules.backbone import Backbone
 from modules.training_free.closed_form import Identity, Inverse, Metric, Projection
-from modules.training_free.second_moments import Moments, Progress, fingerprint, null_space, second_moments
+from modules.training_free.second_moments import (
+    Moments,
+    Progress,
+    counted,
+    fingerprint,
+    null_space,
+    read_moments,
+    used_file,
+)
+
+# of each model: what its weights were known by, and its metrics by kind and file. All editors have them in common: a
+# factor in float64 has 2.9 GB for a layer of Qwen2.5-7B
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Metric]]] = WeakKeyDictionary()
+
+
+def forget(model: nn.Module) -> None:
+    """Give the memory of a model's metrics back; who asks for them again waits until they are made."""
+    _KNOWN.pop(model, None)
 
 
 class Metrics:
@@ -13,34 +33,43 @@ class Metrics:
 
     def __init__(self, moments: Moments | None) -> None:
         self.moments = moments
-        self._known: dict[str, tuple[str, Metric]] = {}
         self.ranks: dict[str, int] = {}
 
     def inverse(self, backbone: Backbone, layers: Sequence[str], progress: Progress | None = None) -> list[Metric]:
         """C^-1 of each layer; the identity where no moments are wanted."""
-        if self.moments is None:
+        moments = self.moments
+        if moments is None:
             return [Identity() for _ in layers]
-        mark, missing = self._missing(backbone, layers)
-        if missing:
-            found = second_moments(backbone, missing, self.moments, progress or bar())
-            self._known |= {n: (mark, Inverse(c, n)) for n, c in found.items()}
-        return [self._known[n][1] for n in layers]
+        known = _known(backbone)
+        keys = {name: f"inverse of {moments.file(backbone, name)}" for name in layers}
+        files = counted(backbone, [n for n in layers if keys[n] not in known], moments, progress or bar())
+        for name, file in files.items():
+            known[keys[name]] = Inverse(read_moments(file, backbone.device), name)
+        return [known[keys[n]] for n in layers]
 
     def projection(self, backbone: Backbone, layers: Sequence[str], threshold: float, relative: bool) -> list[Metric]:
         """P of each layer; `ranks` tells how many directions it leaves."""
-        assert self.moments is not None
-        mark, missing = self._missing(backbone, layers)
-        if missing:
-            second_moments(backbone, missing, self.moments, bar())  # of all layers in one go
+        moments = self.moments
+        assert moments is not None
+        known = _known(backbone)
+        files = {name: used_file(backbone, name, moments, threshold, relative) for name in layers}
+        missing = [n for n in layers if f"projection of {files[n]}" not in known]
+        counted(backbone, [n for n in missing if not files[n].is_file()], moments, bar())  # of all in one go
         for name in missing:
-            basis, self.ranks[name] = null_space(backbone, name, self.moments, threshold, relative)
-            self._known[name] = (mark, Projection(basis))
-        return [self._known[n][1] for n in layers]
+            known[f"projection of {files[name]}"] = Projection(
+                null_space(backbone, name, moments, threshold, relative)[0]
+            )
+        found = [known[f"projection of {files[n]}"] for n in layers]
+        self.ranks |= {n: p.rank for n, p in zip(layers, found, strict=True) if isinstance(p, Projection)}
+        return found
 
-    def _missing(self, backbone: Backbone, layers: Sequence[str]) -> tuple[str, list[str]]:
-        """What a model is known by, and the layers whose metrics are not those of that model."""
-        mark = f"{fingerprint(backbone.model)} on {backbone.device}"
-        return mark, [n for n in layers if self._known.get(n, ("", None))[0] != mark]
+
+def _known(backbone: Backbone) -> dict[str, Metric]:
+    """What is known of a model with the weights that it has now, where it is now."""
+    mark = f"{fingerprint(backbone.model)} on {backbone.device}"
+    if _KNOWN.get(backbone.model, ("", {}))[0] != mark:
+        _KNOWN[backbone.model] = mark, {}
+    return _KNOWN[backbone.model][1]
 
 
 def bar() -> Progress:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from datamodules.texts import identity, read_texts
 from datamodules.tokens import pad, pad_id, windows
@@ -26,7 +27,9 @@ from modules.kept_tensors import read, write
 from modules.training_free.subject import Enough
 from modules.training_free.templates import sample, start_ids
 
-VERSION = 1  # of what is counted: a change makes old files unknown
+VERSION = 2  # of what is counted: a change makes old files unknown
+# of a config, what says nothing of what a model computes
+NAMES = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 Progress = Callable[[int, int], None]  # tokens done, and in all
 
 
@@ -79,27 +82,45 @@ class Moments:
         return [text, self.tokens, self.length, self.field, self.seed]
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights. It is taken anew when a sample of each weight says that they have changed."""
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's weights and of its config. It is taken anew when a weight lies elsewhere, when torch has
+    counted a change of it, or when a sample of it is another (of such as are changed behind torch's back)."""
     look = sha256()
     for name, p in model.named_parameters():
         flat = p.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 16)].float().cpu()
-        look.update(f"{name}{tuple(p.shape)}{p.dtype}".encode() + some.numpy().tobytes())
+        places = torch.linspace(0, max(0, flat.numel() - 1), 16, device=p.device, dtype=torch.float64).long()
+        some = flat[places[: flat.numel()]].float().cpu()
+        told = f"{name}{tuple(p.shape)}{p.dtype}{p.data_ptr()} {p._version}"
+        look.update(told.encode() + some.numpy().tobytes())
     known: dict[str, str] = vars(model).setdefault("_palimpsest_fingerprint", {})
     if look.hexdigest() not in known:
         for name, p in model.named_parameters():
             if not p.numel():
                 raise ValueError(f"weight {name!r} is not whole on this process (ZeRO-3): gather the weights first")
         known.clear()
-        known[look.hexdigest()] = weights_hash(model)
+        settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in NAMES and not k.startswith("_")}
+        told = json.dumps(settings, sort_keys=True, default=str)
+        known[look.hexdigest()] = sha256(f"{weights_hash(model)} {told}".encode()).hexdigest()
     return known[look.hexdigest()]
 
 
 def second_moments(
     backbone: Backbone, layers: Sequence[str], moments: Moments, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    """C [f, f] in float32 of linear layers by name: from disk, or counted now, all layers in one go, and kept there.
+    """C [f, f] in float32 of linear layers by name, on the model's device; see `counted`."""
+    files = counted(backbone, layers, moments, progress)
+    return {name: read_moments(file, backbone.device) for name, file in files.items()}
+
+
+def read_moments(file: Path, device: torch.device) -> Tensor:
+    """C [f, f] in float32."""
+    return read(file, ["moments"])[0]["moments"].to(device)
+
+
+def counted(
+    backbone: Backbone, layers: Sequence[str], moments: Moments, progress: Progress | None = None
+) -> dict[str, Path]:
+    """The files of the second moments of linear layers by name, which are counted now, in one go, where they are not.
 
     Raises:
         ValueError: for a name that is no linear layer, and for a text that cannot be read or is too short.
@@ -112,7 +133,7 @@ def second_moments(
     for name, (matrix, tokens, ids) in found.items():
         about = {"layer": name, "text": moments.text, "tokens": str(tokens), "sample": ids}
         write(files[name], {"moments": matrix}, about)
-    return {name: read(file, ["moments"])[0]["moments"].to(backbone.device) for name, file in files.items()}
+    return files
 
 
 @torch.no_grad()
@@ -151,7 +172,8 @@ def count(
             f"{done:,} tokens of {moments.text!r} are too few for the {len(sums[narrow[0]]):,} inputs of {narrow[0]}; "
             "give a longer text, or raise moments.tokens to some times that number"
         )
-    return {name: ((s / done).float(), done, ids_seen.hexdigest()) for name, s in sums.items()}
+    # one by one: beside a large model there is no room for all of them twice
+    return {name: ((sums.pop(name) / done).float(), done, ids_seen.hexdigest()) for name in list(sums)}
 
 
 def null_space(
@@ -170,7 +192,7 @@ def null_space(
     Raises:
         ValueError: where none is left.
     """
-    file = moments.file(backbone, layer, f"used-{threshold:g}{'r' if relative else ''}")
+    file = used_file(backbone, layer, moments, threshold, relative)
     if not file.is_file():
         matrix = second_moments(backbone, [layer], moments)[layer].double()
         values, vectors = torch.linalg.eigh(matrix)
@@ -185,6 +207,11 @@ def null_space(
             "threshold, or set relative: true, which counts in units of the mean"
         )
     return basis, rank
+
+
+def used_file(backbone: Backbone, layer: str, moments: Moments, threshold: float, relative: bool) -> Path:
+    """Where the basis of `null_space` is kept."""
+    return moments.file(backbone, layer, f"used-{threshold:g}{'r' if relative else ''}")
 
 
 def _windows(backbone: Backbone, moments: Moments, length: int) -> Iterator[tuple[int, ...]]:

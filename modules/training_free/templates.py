@@ -104,8 +104,11 @@ def sample(
             input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
         )
         logits = backbone.logits(out.last_hidden_state[:, -1]).float().cpu()  # [R, V]
-        best, token = logits.topk(top_k or logits.shape[1])
-        drawn = token.gather(1, torch.multinomial(best.softmax(-1), 1, generator=generator))  # [R, 1]
+        if top_k is None:
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # [R, 1]
+        else:
+            best, token = logits.topk(top_k)
+            drawn = token.gather(1, torch.multinomial(best.softmax(-1), 1, generator=generator))
         for row, new in zip(rows, drawn[:, 0].tolist(), strict=True):
             row.append(new)
         ids = drawn.to(backbone.device)

@@ -112,6 +112,19 @@ def test_no_model_is_copied_for_a_teacher_that_nobody_asks(
     assert len(copied) == (reader == "original")
 
 
+def test_an_export_is_loaded_without_kernels_of_cuda(
+    trained: Callable[..., InComeS], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = trained(train="lora")
+    module.backbone_config.liger = True
+    export(module, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "editor.json").read_text())["backbone"]["liger"]
+    patched: list[Any] = []
+    monkeypatch.setattr("modules.backbone._apply_liger", patched.append)
+    load_editor(tmp_path / "out")
+    assert not patched
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gpt_neox", "gptj"])
 def test_other_architectures(
     trained: Callable[..., InComeS], records: list[EditRecord], tmp_path: Path, kind: str

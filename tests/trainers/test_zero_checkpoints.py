@@ -17,7 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 DDP = "--trainer.strategy=ddp_find_unused_parameters_true"
 MOVED = ["2x2-2x3", "2x2-1x2", "2x3-1x3", "2x3-1x1", "1x2-2x2", "1x2-2x3"]
 LORA = ["--model.init_args.train=lora"]
-RATES = ["--model.init_args.optimizer.selection_lr=0.0005"]  # two parameter groups that differ
+RATES = [
+    "--model.init_args.optimizer.selection_lr=0.0005",  # two parameter groups that differ
+    # the size of gradients shows: neither Adam's root takes it out, nor the clip
+    "--model.init_args.optimizer.eps=0.01",
+    "--trainer.gradient_clip_val=null",
+]
 
 
 def half(name: str, *args: str) -> dict[str, Any]:

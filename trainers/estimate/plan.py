@@ -26,7 +26,6 @@ class Sharding:
         buckets: how many of these there are: two where communication overlaps computation.
         max_live: elements that stage 3 holds gathered.
         threshold: parameters of fewer elements are not shared out.
-        gather_for_validation: stage 3 holds all weights while it validates.
     """
 
     stage: int | None = None
@@ -37,7 +36,6 @@ class Sharding:
     buckets: int = 1
     max_live: int = 1_000_000_000
     threshold: int = 100_000
-    gather_for_validation: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,6 @@ def sharding_of(strategy: Any) -> Sharding:
             buckets=2 if zero["overlap_comm"] and int(zero["stage"]) < 3 else 1,
             max_live=int(zero.get("stage3_max_live_parameters", Sharding.max_live)),
             threshold=int(zero.get("stage3_param_persistence_threshold", Sharding.threshold)),
-            gather_for_validation=int(zero["stage"]) == 3 and bool(getattr(strategy, "gather_for_validation", True)),
         )
     plain = isinstance(strategy, (DDPStrategy, SingleDeviceStrategy))
     if plain or strategy in (None, "auto") or str(strategy).startswith("ddp"):

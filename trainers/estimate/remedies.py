@@ -1,7 +1,7 @@
 """What to change in a run that does not fit, and what each change would save."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import yaml
 
@@ -9,7 +9,7 @@ from trainers.cli import find_config
 from trainers.estimate.cards import GIB
 from trainers.estimate.families import MODEL
 from trainers.estimate.plan import Plan, Sharding, records_of, sharding_of
-from trainers.estimate.totals import VALIDATION, Estimate, estimate_plan
+from trainers.estimate.totals import Estimate, estimate_plan
 from trainers.strategies import Zero
 
 SHOWN = 3  # changes that are shown, of those that are enough
@@ -107,9 +107,6 @@ def _each(found: Estimate) -> Iterator[Remedy]:
 def _changes(found: Estimate) -> Iterator[tuple[str, Plan]]:
     """Changes that are open to a plan, from those that leave the result as it is to those that train something else."""
     plan = found.plan
-    if found.moment == VALIDATION and plan.family.validates_in_shards:
-        free = replace(plan.sharding, gather_for_validation=False)
-        yield "--trainer.strategy.init_args.gather_for_validation false", plan.altered(sharding=free)
     if not plan.module.gradient_checkpointing:
         yield f"{MODEL}gradient_checkpointing true", plan.altered(gradient_checkpointing=True)
     for records in records_of(plan):

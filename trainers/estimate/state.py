@@ -84,7 +84,7 @@ def state(counts: Counts, sharding: Sharding, world: int, accumulate: int = 1, o
             live = sharding.max_live * counts.frozen_bytes // counts.frozen
             in_step["gathered weights"] += min(decoder, live) if w > 1 else 0
             whole += decoder
-        if sharding.gather_for_validation and w > 1:
+        if w > 1:
             in_validation = {"gathered weights": whole}
         if sharding.offload_parameters:
             host["weights"] = always.pop("weights")

@@ -277,6 +277,8 @@ def test_state_is_saved_and_a_merge_is_refused(
         edited.save(tmp_path / "edits")
         loaded = HookedEdited(editor, backbone).restored(tmp_path / "edits")
         assert loaded.alphas() == edited.alphas()
+        with pytest.raises(ValueError, match=r"made by CoachHook, not by CoachHook with scope\.relative"):
+            HookedEdited(build(scope=Scope(relative=True)), backbone).restored(tmp_path / "edits")
         with edited.edit(requests[3:]) as more, loaded.edit(requests[3:]) as same:
             for a, b in zip(more.score(prompts, targets), same.score(prompts, targets), strict=True):
                 torch.testing.assert_close(a.log_probs, b.log_probs)

@@ -9,7 +9,7 @@ from datamodules.records import EditRecord, EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.training_free.codebook import Codebook
+from modules.training_free.codebook import Codebook, rounding
 from modules.training_free.grace import GRACE, GraceEdited
 from modules.training_free.shared import encode_targets
 
@@ -194,6 +194,21 @@ def test_enough_steps_give_the_target_and_a_new_answer_overrules(
         with edited.edit([other]) as changed:
             high = changed.score([other.prompt], ["Peru"])[0].log_probs.mean()
     assert float(high - low) > 1
+
+
+def test_in_half_precision_too_the_same_prompt_is_known_again(
+    tiny: Callable[..., Backbone], requests: list[EditRequest]
+) -> None:
+    """Among others in a batch its key is another by the model's own rounding."""
+    backbone = tiny()
+    backbone.model.bfloat16()
+    prompts = [EditRequest(f"{'of the far land ' * i}City {i} is in", f"Land {i}") for i in range(6)]
+    editor = GRACE(layer=2, epsilon=50.0, steps=1)
+    again = EditRequest(prompts[0].prompt, "Oslo")
+    with editor.edit(backbone, prompts[:1]) as edited, edited.edit([again, *prompts[3:]]) as changed:
+        assert not torch.equal(changed.codebook.keys[0], changed.codebook.keys[1])
+        assert changed.codebook.epsilons[0] == -1
+    assert rounding(torch.float32) == 1e-4 < rounding(torch.float16) < rounding(torch.bfloat16) < 0.02
 
 
 def test_an_edit_that_is_taken_in_tunes_its_key_only_when_asked(

@@ -1,5 +1,6 @@
 """Second moments: against numpy, under padding, from each kind of text, and from disk."""
 
+import copy
 import gzip
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from datamodules.tokens import encode, windows
 from modules.backbone import Backbone
 from modules.training_free import second_moments as module
 from modules.training_free.closed_form import Projection
-from modules.training_free.metrics import Metrics
+from modules.training_free.metrics import Metrics, forget
 from modules.training_free.second_moments import Moments, count, fingerprint, null_space, second_moments
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -111,6 +112,35 @@ def test_a_step_of_training_changes_the_fingerprint(tiny: Callable[..., Backbone
     for p in model.parameters():
         p.data += 1e-3  # as optimizers that write to .data do
     assert fingerprint(model) != first
+
+
+def test_a_change_of_one_column_changes_the_fingerprint_and_so_does_the_config(tiny: Callable[..., Backbone]) -> None:
+    model = tiny().model
+    first = fingerprint(model)
+    other = copy.deepcopy(model)
+    assert fingerprint(other) == first
+    with torch.no_grad():
+        other.get_submodule(DOWN).weight[:, 5] += 1  # type: ignore[union-attr, operator, index]
+    assert fingerprint(other) != first
+    with torch.no_grad():
+        model.get_submodule(DOWN).weight[2, 5] += 1  # type: ignore[union-attr, operator, index]
+    assert fingerprint(model) not in (first, fingerprint(other))
+    assert fingerprint(tiny(rms_norm_eps=1e-3).model) != first  # of the same weights
+
+
+def test_editors_have_metrics_in_common_until_the_weights_change(
+    tiny: Callable[..., Backbone], text: str, tmp_path: Path
+) -> None:
+    backbone = tiny()
+    one, other = (Metrics(Moments(text, tokens=400, length=50, folder=str(tmp_path))) for _ in range(2))
+    (first,) = one.inverse(backbone, [DOWN])
+    assert other.inverse(backbone, [DOWN]) == [first]
+    forget(backbone.model)
+    (again,) = other.inverse(backbone, [DOWN])
+    assert again is not first
+    with torch.no_grad():
+        next(backbone.model.parameters())[0] += 1
+    assert one.inverse(backbone, [DOWN]) != [again]
 
 
 @pytest.mark.parametrize("relative", [False, True])

@@ -27,12 +27,10 @@ class Family(ABC):
     Args:
         kind: the class that all of them are.
         frozen_name: what their frozen language model is for.
-        validates_in_shards: all ranks make the same passes in validation, so it can be done without gathering weights.
     """
 
     kind: ClassVar[type[L.LightningModule]]
     frozen_name: ClassVar[str]
-    validates_in_shards: ClassVar[bool] = True
 
     @abstractmethod
     def settings(self, module: Any) -> tuple[Any, ...]:

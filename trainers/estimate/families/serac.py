@@ -29,7 +29,6 @@ _LEAST_CHUNK = 256  # tokens; with fewer, logits are no longer what needs memory
 class Classified(Family):
     kind = SERAC
     frozen_name = "language model"
-    validates_in_shards = False  # see SERAC.check
 
     def settings(self, module: SERAC) -> tuple[Any, ...]:
         m = module
