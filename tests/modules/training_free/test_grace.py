@@ -196,18 +196,19 @@ def test_enough_steps_give_the_target_and_a_new_answer_overrules(
     assert float(high - low) > 1
 
 
-def test_in_half_precision_too_the_same_prompt_is_known_again(
-    tiny: Callable[..., Backbone], requests: list[EditRequest]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_prompt_is_known_again_by_what_its_precision_rounds(
+    tiny: Callable[..., Backbone], requests: list[EditRequest], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among others in a batch its key is another by the model's own rounding."""
+    """In bfloat16 a key was found to differ by .9% from batch to batch."""
     backbone = tiny()
-    backbone.model.bfloat16()
-    prompts = [EditRequest(f"{'of the far land ' * i}City {i} is in", f"Land {i}") for i in range(6)]
+    backbone.model.to(dtype)  # type: ignore[arg-type]
     editor = GRACE(layer=2, epsilon=50.0, steps=1)
-    again = EditRequest(prompts[0].prompt, "Oslo")
-    with editor.edit(backbone, prompts[:1]) as edited, edited.edit([again, *prompts[3:]]) as changed:
-        assert not torch.equal(changed.codebook.keys[0], changed.codebook.keys[1])
-        assert changed.codebook.epsilons[0] == -1
+    with editor.edit(backbone, requests[:1]) as edited:
+        plain = GRACE.queries
+        monkeypatch.setattr(GRACE, "queries", lambda *given: 1.009 * plain(*given))
+        with edited.edit([EditRequest(requests[0].prompt, "Oslo")]) as changed:
+            assert (changed.codebook.epsilons[0] == -1) == (dtype == torch.bfloat16)
     assert rounding(torch.float32) == 1e-4 < rounding(torch.float16) < rounding(torch.bfloat16) < 0.02
 
 
