@@ -185,7 +185,9 @@ class InComeS(TrainedModule[GistModel]):
         if self.reader == "original":  # compression ends at the keys and values of the last layer
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.backbone.device)
             with torch.enable_grad():
-                trained = reached(model.compress(ids, torch.ones_like(ids)).tensors().values())
+                made = model.compress(ids, torch.ones_like(ids)).tensors()
+            by_keys = self.gist_config.selection != "hidden"  # which is by addresses alone
+            trained = reached(t for name, t in made.items() if by_keys or not name.endswith(".keys"))
             for p in language_model.parameters():
                 p.requires_grad_(id(p) in trained)
 

@@ -18,6 +18,8 @@ TRAINED = {
     "lora": ["--model.init_args.train=lora"],
     "qk": ["--model.init_args.gist.selection=both"],  # gradients reach keys inside their layer
 }
+# the original reads; what compression never reaches is not trained, so that plain DDP waits for no gradient of it
+ORIGINAL = ["--model.init_args.reader=original"]
 STEPS = 20
 # where an element's gradients are no larger than Adam's usual 1e-8, the rounding of their sums decides its step
 EPS = "--model.init_args.optimizer.eps=1e-6"
@@ -52,7 +54,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         wanted.append({"name": f"watched-{stage}", "args": watched, "steps": 4})
         args = [*TWO, *zero(stage), "--trainer.precision=bf16-mixed", "--trainer.val_check_interval=5"]
         wanted.append({"name": f"bf16-{stage}", "args": args, "steps": 6})
-    alone = [{"name": f"one-{part}", "args": [*ONE, *more], "steps": STEPS} for part, more in TRAINED.items()]
+    wanted.append({"name": "ddp-original", "args": [*TWO, "--trainer.strategy=ddp", *ORIGINAL], "steps": STEPS})
+    wanted.append({"name": "zero3-original", "args": [*TWO, *shards, *ORIGINAL], "steps": STEPS})
+    each = (TRAINED | {"original": ORIGINAL}).items()
+    alone = [{"name": f"one-{part}", "args": [*ONE, *more], "steps": STEPS} for part, more in each]
     for run in (*wanted, *alone):
         if not run["name"].startswith("bf16"):
             run["args"] = [*run["args"], EPS]
@@ -67,7 +72,12 @@ def steps(losses: list[float], per_step: int) -> list[float]:
 
 @pytest.mark.parametrize(
     ("spread", "part"),
-    [*((s, p) for s in SPREADS for p in TRAINED), ("zero3-teacher", "full"), ("offload", "full")],
+    [
+        *((s, p) for s in SPREADS for p in TRAINED),
+        *((s, "original") for s in ("ddp", "zero3")),
+        ("zero3-teacher", "full"),
+        ("offload", "full"),
+    ],
 )
 def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], spread: str, part: str) -> None:
     one = runs[f"one-{part}"]
