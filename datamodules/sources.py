@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from datamodules.files import located
 from datamodules.readers import FORMATS, read
-from datamodules.readers.base import DataError, SkippedRecords
+from datamodules.readers.errors import DataError, SkippedRecords
 from datamodules.readers.hub import is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash

@@ -13,6 +13,6 @@ echo "== ruff";   ruff check . ; ruff format --check .
 echo "== types";  pyright
 echo "== imports"; lint-imports --no-cache
 # A process per core, and a file to each of them at a time; -n 0 asks for one process. Tiny models gain nothing from
-# threads, and processes that share two cores lose much by them.
+# threads, and processes that share two cores lose much by them. -rs: at the end, what was skipped and why.
 echo "== tests"
-HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n auto --maxprocesses 8 --dist loadfile -rs "$@"

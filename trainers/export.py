@@ -8,20 +8,24 @@ import lightning as L
 import torch
 
 from modules.export import export as write
+from trainers.callbacks.preemption import checkpoints
+from trainers.callbacks.save_checkpoints import SaveCheckpoints, ranked, read_scores
 from trainers.checkpoints import single
-from trainers.checkpoints.folder import CheckpointError, newest, verify
+from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
 from trainers.cli import TrainingCLI
 from trainers.command import run
 
 
-def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None = None) -> None:
+def export(run_dir: str, out: str, checkpoint: str = "best", metrics: str | None = None) -> None:
     """Write a checkpoint of a run as a folder of safetensors that loads as an editor.
 
     Args:
         run_dir: the run's folder, with its config.yaml.
         out: the folder to write; it must not exist, or be empty.
-        checkpoint: `last`, or a path.
-        metrics: an evaluation.json whose aggregate goes into editor.json; by default the run's own, if there is one.
+        checkpoint: `best`, the best that the run has kept by its checkpoint.monitor, or without one the newest; `last`,
+            the newest; or a path.
+        metrics: an evaluation.json whose aggregate goes into editor.json; by default the run's own, if there is one and
+            what it is of is exported: the newest checkpoint.
     """
     config = Path(run_dir) / "config.yaml"
     if not config.is_file():
@@ -29,8 +33,6 @@ def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another folder with --out, or remove it")
-    path = chosen(Path(run_dir) / "checkpoints", checkpoint)
-    manifest = verify(path)
     # the machine that exports need not be the one that trained
     here = [
         "--trainer.accelerator=cpu",
@@ -40,31 +42,49 @@ def export(run_dir: str, out: str, checkpoint: str = "last", metrics: str | None
         "--trainer.precision=32-true",
     ]
     cli = TrainingCLI([f"--config={config}", *here])
+    folder = Path(run_dir) / "checkpoints"
+    path = chosen(folder, checkpoint, checkpoints(cli.trainer))
+    manifest = verify(path)
     cli.model.teaches = False
     fill(cli.model, path, manifest["kind"])
-    results = Path(metrics) if metrics else Path(run_dir) / "evaluation.json"
+    latest = next((read_manifest(newer)["step"] for newer in whole(folder)), manifest["step"])
+    own = Path(run_dir) / "evaluation.json"
+    results = Path(metrics) if metrics else own if own.is_file() and manifest["step"] == latest else None
     about = {
         "step": int(manifest["step"]),
         "data": cli.config.data.as_dict() if "data" in cli.config else {},
-        "metrics": json.loads(results.read_text(encoding="utf-8")).get("aggregate") if results.is_file() else None,
+        "metrics": json.loads(results.read_text(encoding="utf-8")).get("aggregate") if results else None,
     }
     write(cli.model, target, about)
     print(f"wrote {target} (step {about['step']}); python -m trainers.edit --editor {target} edits with it")
 
 
-def chosen(folder: Path, checkpoint: str) -> Path:
-    """A checkpoint by path, or the newest whole one of a folder, with a line for each that is passed over.
+def chosen(folder: Path, checkpoint: str, saves: SaveCheckpoints) -> Path:
+    """A checkpoint by path, or the best or the newest whole one of a folder, with a line that says which, and one for
+    each that is passed over.
+
+    Args:
+        saves: how the run told the best.
 
     Raises:
         FileNotFoundError: where there is none.
     """
-    if checkpoint != "last":
+    if checkpoint not in ("best", "last"):
         return Path(checkpoint)
+    if checkpoint == "best" and saves.monitor:
+        there, scores = whole(folder), read_scores(folder)
+        for name in ranked(scores, saves.mode):
+            if folder / name in there:
+                print(f"taking {name}, the best by {saves.monitor} ({scores[name]:.4g})")
+                return folder / name
+            print(f"{folder / name}, whose {saves.monitor} is better, is missing or damaged; passing over it")
+        print(f"no checkpoint here has a score by {saves.monitor}")
     path, warnings = newest(folder)
     for line in warnings:
         print(line)
     if path is None:
         raise FileNotFoundError(f"there is no whole checkpoint in {folder}")
+    print(f"taking {path.name}, the newest")
     return path
 
 

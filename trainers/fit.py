@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from datamodules.readers.base import DataError
+from datamodules.readers.errors import DataError
 from modules.backbone import BackboneError
 from trainers import estimate
 from trainers.callbacks.non_finite import NonFiniteError

@@ -17,10 +17,8 @@ from trainers.cli import TrainingCLI
 
 
 def next_steps(cli: TrainingCLI) -> str:
-    """The newest checkpoint, and commands for TensorBoard, export and evaluation, one a line, as they can be pasted.
-
-    Exported is the best checkpoint where the run kept one by a metric, else the newest.
-    """
+    """The newest checkpoint and the best, and commands for TensorBoard, export and evaluation, one a line, as they can
+    be pasted."""
     trainer, run_dir = cli.trainer, Path(cli.config.run_dir)
     saved = checkpoints(trainer)
     found = whole(saved.folder)
@@ -30,10 +28,11 @@ def next_steps(cli: TrainingCLI) -> str:
         lines.append(("look at it:", ["tensorboard", "--logdir", str(run_dir)]))
     if found:
         export = ["python", "-m", "trainers.export", "--run_dir", str(run_dir), "--out", str(out)]
-        best = [path for path in map(saved.folder.joinpath, saved.best()[:1]) if path in found[1:]]
-        lines.append(("export it:", [*export, *(["--checkpoint", str(best[0])] if best else [])]))
+        lines.append(("export it:", export))
         lines.append(("evaluate it:", evaluation(cli, out, run_dir / "results.json")))
     kept = f"the run is in {run_dir}, its newest checkpoint is {found[0]}" if found else f"the run is in {run_dir}"
+    best = [path for path in map(saved.folder.joinpath, saved.best()[:1]) if path in found[1:]]
+    kept += f", the best by {saved.monitor} is {best[0]}" if best else ""
     return "\n".join([kept, *(f"  {what:<13} {shlex.join(command)}" for what, command in lines if command)])
 
 

@@ -14,23 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from datamodules.readers.errors import DataError, MalformedRecord, SkippedRecords
 from datamodules.readers.hub import hub_file, hub_rows, is_hub
 from datamodules.records import EditRecord
 
 OnError = Literal["raise", "skip"]
 Convert = Callable[[Mapping[str, Any], int], EditRecord]
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file or the source, and the remedy."""
-
-
-class MalformedRecord(DataError):
-    """A record that does not have its format's shape; the message names file, record, field and remedy."""
-
-
-class SkippedRecords(UserWarning):
-    """How many malformed records were passed over, and why the first one."""
 
 
 def load_rows(path: str | Path) -> Iterator[Any]:
@@ -41,8 +30,8 @@ def load_rows(path: str | Path) -> Iterator[Any]:
 
     Raises:
         FileNotFoundError: if there is no such file (at the call).
-        ValueError: if the file is empty, holds no rows, or is not JSON or utf-8 (while reading); it names the line.
-        RuntimeError: if the hub does not give it (at the call).
+        DataError: if the file is empty, holds no rows, or is not JSON or utf-8 (while reading; it names the line), and
+            if the hub does not give it (at the call).
     """
     file = _file(path)
     return hub_rows(path) if file is None else _rows(file)
@@ -52,11 +41,11 @@ def load_keyed(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Key and value of each member of a file that is one JSON object, in the file's order; the rest as `load_rows`.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_rows`; ValueError also if the file is not one JSON object.
+        FileNotFoundError, DataError: see `load_rows`; DataError also if the file is not one JSON object.
     """
     file = _file(path)
     if file is None:
-        raise ValueError(
+        raise DataError(
             f"{path} names a split, but this format is one JSON object: name the file, as hub:...:file.json"
         )
     return _members(file)
@@ -75,9 +64,9 @@ def _members(path: Path) -> Iterator[tuple[str, Any]]:
         content = file.read()
     members = _parse(content, path, 1, "the file must be one JSON object") if content.strip() else {}
     if not isinstance(members, dict):
-        raise ValueError(f"{path} must be one JSON object, not {type(members).__name__}")
+        raise DataError(f"{path} must be one JSON object, not {type(members).__name__}")
     if not members:
-        raise ValueError(f"{path} holds no records; fetch it again, or take it out of the configuration")
+        raise DataError(f"{path} holds no records; fetch it again, or take it out of the configuration")
     yield from members.items()
 
 
@@ -88,7 +77,7 @@ def _rows(path: Path) -> Iterator[Any]:
             empty = False
             yield row
     if empty:
-        raise ValueError(f"{path} holds no records; fetch it again, or take it out of the configuration")
+        raise DataError(f"{path} holds no records; fetch it again, or take it out of the configuration")
 
 
 @contextmanager
@@ -96,7 +85,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not utf-8 ({error}); fetch it again, or convert it to utf-8") from error
+        raise DataError(f"{path} is damaged or not utf-8 ({error}); fetch it again, or convert it to utf-8") from error
 
 
 def _opened(path: Path) -> IO[str]:
@@ -123,7 +112,7 @@ def _parse(text: str, path: Path, first_line: int, shape: str = _LINES) -> Any:
     try:
         return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise DataError(
             f"{path}, line {first_line + error.lineno - 1}: broken JSON ({error.msg}); {shape}, so fetch it again or "
             f"correct that line"
         ) from error
@@ -142,7 +131,8 @@ def read_all(
 
     Raises:
         MalformedRecord: at a malformed record, under "raise".
-        ValueError: for another `on_error` (at the call), or if the source has no records or none that can be read.
+        ValueError: for another `on_error` (at the call).
+        DataError: if the source has no records or none that can be read.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
@@ -171,7 +161,7 @@ def _converted(rows: Iterable[Any], path: str | Path, convert: Convert, on_error
             )
     if skipped == total:
         reason = f"none of its {total} records can be read, first: {first}" if total else "it holds no records"
-        raise ValueError(f"nothing to read in {path}: {reason}; check that the path and the format belong together")
+        raise DataError(f"nothing to read in {path}: {reason}; check that the path and the format belong together")
 
 
 def _object(row: Any) -> Mapping[str, Any]:

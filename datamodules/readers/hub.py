@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datamodules.readers.errors import DataError
+
 PREFIX = "hub:"
 
 
@@ -26,7 +28,7 @@ def hub_file(path: str | Path) -> Path | None:
 
     Raises:
         ValueError: if `path` is not of one of the three forms.
-        RuntimeError: if the file cannot be had.
+        DataError: if the file cannot be had.
     """
     name, subset, last = _parts(path)
     if not last.removesuffix(".gz").endswith((".json", ".jsonl")):
@@ -40,16 +42,14 @@ def hub_file(path: str | Path) -> Path | None:
     try:
         return Path(hf_hub_download(name, last, repo_type="dataset"))
     except Exception as error:  # the client's errors share no base class
-        raise RuntimeError(
-            f"cannot fetch {last} of data set {name!r}: {error}; check the name and the network"
-        ) from error
+        raise DataError(f"cannot fetch {last} of data set {name!r}: {error}; check the name and the network") from error
 
 
 def hub_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """The rows of a split, memory-mapped, without the fields that a row does not have (a table holds None there).
 
     Raises:
-        RuntimeError: if the data set cannot be loaded.
+        DataError: if the data set cannot be loaded.
     """
     name, subset, split = _parts(path)
     return map(_given, load_table(name, subset, split))
@@ -59,7 +59,7 @@ def load_table(name: str, subset: str | None, split: str, revision: str | None =
     """A split of a data set. No code of its own is run, so one that needs a loading script is refused.
 
     Raises:
-        RuntimeError: if it cannot be loaded, for whatever reason.
+        DataError: if it cannot be loaded, for whatever reason.
     """
     import datasets  # takes a second to import, which readers of local files need not wait for
 
@@ -70,7 +70,7 @@ def load_table(name: str, subset: str | None, split: str, revision: str | None =
             return datasets.load_from_disk(name)  # one split, saved without its name
         return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=False)
     except Exception as error:  # the hub client's errors share no base class
-        raise RuntimeError(
+        raise DataError(
             f"cannot load dataset {name!r} (subset {subset!r}, split {split!r}, revision {revision!r}): {error}; check "
             f"these names and the network, or save its rows as JSON Lines and read them with the format 'pairs'"
         ) from error

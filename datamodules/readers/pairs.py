@@ -74,6 +74,6 @@ def read_hub(
     errors are those of `read_pairs`.
 
     Raises:
-        RuntimeError: if the dataset cannot be loaded, for whatever reason.
+        DataError: if the dataset cannot be loaded, for whatever reason.
     """
     return read_pairs(load_table(name, subset, split, revision), edit, text, stem, on_error, name=name, key=key)

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.base import MalformedRecord, load_rows
+from datamodules.readers.base import load_rows
+from datamodules.readers.errors import MalformedRecord
 from datamodules.records import EditRequest
 
 

@@ -32,7 +32,7 @@ class Samsum(Task):
         released: the released code's prompt, see above.
     """
 
-    path: str = "general/restricted_licence/samsum/test-summarization.json.gz"
+    path: str = "general/samsum/test-summarization.json.gz"
     released: bool = False
 
     name: ClassVar[str] = "samsum"

@@ -43,7 +43,8 @@ def require_subjects(method: str, requests: Sequence[EditRequest]) -> None:
         if not request.subject or request.subject not in request.prompt:
             raise ValueError(
                 f"{method} needs the subject of every edit, as a part of its prompt; the edit {request.statement!r} "
-                f"has the subject {request.subject!r}. Use data that names subjects, or an editor that needs none"
+                f"has the subject {request.subject!r}. Use data that names subjects, or an editor that needs none, or "
+                'add "subject": "..." to the edit'
             )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.requests import read_requests
 from datamodules.records import EditRecord, EditRequest, Query, join
 

@@ -77,7 +77,7 @@ def test_file_and_table(backbone: Backbone, records: list[EditRecord], folder: P
     assert meta["mode"] == "batch"
     assert set(meta["protocols"]) == {"sst2/accuracy", *task("nq_open", released=True).protocols}
     assert "test-summarization" in meta["left_out"]["samsum"]
-    assert "left out: samsum, no file general/restricted_licence" in screen
+    assert "left out: samsum, no file general/samsum/test-summarization.json.gz" in screen
     table = (folder / "a.md").read_text().splitlines()
     assert table[0] == "| Editor | Edits | sst2 | nq_open |"
     low, high = (f"{100 * end:.1f}" for end in value["ci"])

@@ -14,6 +14,7 @@ import yaml
 
 from trainers import ability, analyse, command, compare, edit, evaluate, export, fit, moments, scope, speed
 from trainers.callbacks.preemption import checkpoints
+from trainers.callbacks.save_checkpoints import SaveCheckpoints, write_scores
 from trainers.checkpoints.folder import digest, seal, stage
 from trainers.checkpoints.single import STATE, FolderIO
 from trainers.cli import TrainingCLI, find_config, parse
@@ -245,13 +246,34 @@ def test_what_comes_after_a_run_is_of_the_best_checkpoint_and_in_the_editors_own
     best, newest = save(folder, 1), save(folder, 2)
     checkpoints(cli.trainer).scores = {best.name: 0.1, newest.name: 0.9}
     where, _, to_export, to_evaluate = next_steps(cli).splitlines()
-    assert where.endswith(str(newest))
-    assert to_export.endswith(f" --checkpoint {best}")
+    assert where.endswith(f"{newest}, the best by val/loss is {best}")
+    assert "--checkpoint" not in to_export  # the best is taken
     assert to_evaluate.endswith(f" --out {tmp_path / 'results.json'} --mode single")
 
 
-def test_fast_dev_run(quick: list[str]) -> None:
+def test_what_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    best, good, newest = (save(tmp_path, step) for step in (1, 2, 3))
+    saves = SaveCheckpoints(str(tmp_path), monitor="val/loss", mode="min", top_k=2)
+
+    def taken(checkpoint: str, saves: SaveCheckpoints = saves) -> tuple[Path, str]:
+        return export.chosen(tmp_path, checkpoint, saves), capsys.readouterr().out
+
+    assert taken("best") == (newest, "no checkpoint here has a score by val/loss\ntaking step3.ckpt, the newest\n")
+    write_scores(tmp_path, {best.name: 0.1, good.name: 0.2})
+    assert taken("best") == (best, "taking step1.ckpt, the best by val/loss (0.1)\n")
+    assert taken("best", SaveCheckpoints(str(tmp_path), monitor="val/loss", mode="max"))[0] == good
+    assert taken("best", SaveCheckpoints(str(tmp_path))) == (newest, "taking step3.ckpt, the newest\n")
+    assert taken("last") == (newest, "taking step3.ckpt, the newest\n")
+    assert taken(str(good)) == (good, "")
+    (best / STATE).unlink()
+    path, said = taken("best")
+    assert path == good
+    assert said.startswith(f"{best}, whose val/loss is better, is missing or damaged; passing over it\n")
+
+
+def test_fast_dev_run(quick: list[str], tmp_path: Path) -> None:
     fit.main([*quick, "--trainer.fast_dev_run=true"])
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 # ---------------------------------------------------------------- what to continue from

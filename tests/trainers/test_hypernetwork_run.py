@@ -19,6 +19,7 @@ from modules.export import load_editor
 from modules.trained.ibke import IBKE, IbkeLoss
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
+from trainers.callbacks.save_checkpoints import write_scores
 from trainers.checkpoints.single import tensors
 from trainers.cli import TrainingCLI, parse
 from trainers.command import run as command
@@ -145,6 +146,18 @@ def test_from_training_to_edits_by_the_commands(tmp_path: Path, capsys: pytest.C
     report = json.loads(out.read_text())
     assert set(report["aggregate"]["mend"]) == {"1", "4"}
     assert not report.get("failures")
+
+
+def test_an_export_is_of_the_best_checkpoint_and_has_no_other_ones_metrics(tmp_path: Path) -> None:
+    run(tmp_path, 2, None, "--trainer.val_check_interval=1", "--checkpoint.top_k=2", "--data.init_args.val_records=5")
+    write_scores(tmp_path / "checkpoints", {"step1.ckpt": 0.1, "step2.ckpt": 0.2})
+    (tmp_path / "evaluation.json").write_text('{"aggregate": {"mend": {}}}')
+    for step, given in ((1, []), (2, ["--checkpoint=last"])):
+        out = tmp_path / f"editor{step}"
+        command(export_command.export, [f"--run_dir={tmp_path}", f"--out={out}", *given])
+        about = json.loads((out / "editor.json").read_text())
+        assert about["step"] == step
+        assert about["metrics"] == ({"mend": {}} if step == 2 else None)
 
 
 def test_precision_is_checked_before_anything_starts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -134,7 +135,7 @@ class SaveCheckpoints(Checkpoint):
 
     def best(self) -> list[str]:
         """The names of the `top_k` best checkpoints, the best first; of equal ones the earlier is better."""
-        return sorted(self.scores, key=lambda name: self.scores[name], reverse=self.mode == "max")[: self.top_k]
+        return ranked(self.scores, self.mode)[: self.top_k]
 
     def _is_among_best(self, score: float) -> bool:
         best = [self.scores[name] for name in self.best()]
@@ -166,6 +167,11 @@ class SaveCheckpoints(Checkpoint):
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step{step}.ckpt"
+
+
+def ranked(scores: Mapping[str, float], mode: str) -> list[str]:
+    """The names of scored checkpoints, the best first; of equal ones the earlier is better."""
+    return sorted(scores, key=lambda name: scores[name], reverse=mode == "max")
 
 
 def read_scores(folder: Path) -> dict[str, float]:

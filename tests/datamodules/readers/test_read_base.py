@@ -4,7 +4,8 @@ import warnings
 import pytest
 
 from datamodules.readers import FORMATS, read
-from datamodules.readers.base import MalformedRecord, load_rows, read_all
+from datamodules.readers.base import load_rows, read_all
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.fields import items, text, texts
 from datamodules.records import EditRecord, EditRequest, Query
 

@@ -1,7 +1,7 @@
 import pytest
 
-from datamodules.readers.base import MalformedRecord
 from datamodules.readers.counterfact import read_counterfact, read_snippets
+from datamodules.readers.errors import MalformedRecord
 from datamodules.records import EditRequest, Query
 
 REWRITE = {

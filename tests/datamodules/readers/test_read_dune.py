@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from datamodules.readers.base import MalformedRecord
 from datamodules.readers.dune import choices, read_dune
+from datamodules.readers.errors import MalformedRecord
 from datamodules.records import EditRequest, Query
 
 CHOICE = "Which palms get warm?\nA. dry palms\nB) wet palms\nC. oily ones\nD. none"

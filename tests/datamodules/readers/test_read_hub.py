@@ -7,6 +7,7 @@ import pytest
 
 from datamodules.readers import read
 from datamodules.readers.auto import detected
+from datamodules.readers.errors import DataError
 from datamodules.readers.hub import hub_rows
 from datamodules.sources import Source
 
@@ -59,9 +60,9 @@ def test_failures_name_the_data_set(saved, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
-    with pytest.raises(RuntimeError, match=r"cannot fetch a\.json of data set 'owner/name': no route"):
+    with pytest.raises(DataError, match=r"cannot fetch a\.json of data set 'owner/name': no route"):
         read("zsre", "hub:owner/name:a.json")
-    with pytest.raises(RuntimeError, match=r"cannot load dataset .*split 'nosuch'"):
+    with pytest.raises(DataError, match=r"cannot load dataset .*split 'nosuch'"):
         read("zsre", f"hub:{saved}/some/zsre:nosuch")
     for wrong in ("hub:owner/name", "hub:a:b:c:d", "hub::train"):
         with pytest.raises(ValueError, match=rf"{wrong}: write hub:owner/name:split"):

@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.knowedit import read_knowedit
 from datamodules.records import EditRequest, Query
 

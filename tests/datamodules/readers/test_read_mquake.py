@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.mquake import conflicting, read_few_shot, read_mquake
 from datamodules.records import EditRequest, Query
 

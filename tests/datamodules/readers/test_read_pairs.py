@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import DataError, MalformedRecord
 from datamodules.readers.pairs import read_hub, read_pairs
 from datamodules.records import EditRequest, Query
 
@@ -60,7 +60,7 @@ def test_datasets_loads_a_local_folder(write, tmp_path, monkeypatch):
     records = list(read_hub(str(folder), None, "train", edit="context", text="answers.text", stem="question"))
     assert [r.rephrases for r in records] == [(Query("Who wrote?", ("Ada",)),)] * 2
     assert records[1].request == EditRequest(text="Ada wrote notes.")
-    with pytest.raises(RuntimeError, match=r"cannot load dataset .*split 'nosuch'"):
+    with pytest.raises(DataError, match=r"cannot load dataset .*split 'nosuch'"):
         read_hub(str(folder), None, "nosuch", edit="context", text="question")
 
 
@@ -73,7 +73,7 @@ def test_hub_arguments_and_failure(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(RuntimeError, match=r"dataset 'some/set' .*'main'.*no route.*JSON Lines.*'pairs'"):
+    with pytest.raises(DataError, match=r"dataset 'some/set' .*'main'.*no route.*JSON Lines.*'pairs'"):
         read_hub("some/set", "sub", "train", "a", "b", revision="main")
     assert seen == {"args": ("some/set", "sub"), "kwargs": {"split": "train", "revision": "main", "streaming": False}}
 

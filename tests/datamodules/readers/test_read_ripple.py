@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.ripple import LOCALITY, PORTABILITY, parted, read_ripple
 from datamodules.records import EditRecord, EditRequest, Query
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from datamodules.readers import read
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.uniedit import uniedit_record
 from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.sources import Source, load

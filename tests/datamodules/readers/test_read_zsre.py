@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.readers.base import MalformedRecord
+from datamodules.readers.errors import MalformedRecord
 from datamodules.readers.zsre import declarative, read_zsre
 from datamodules.records import Query
 

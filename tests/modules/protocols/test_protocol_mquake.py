@@ -177,6 +177,16 @@ def test_own_demonstrations_are_questions_and_answers() -> None:
 
 @pytest.mark.parametrize("kind", [Unedited, InContext])
 def test_a_real_editor_on_a_random_model(kind: type, tiny: Callable[..., Backbone]) -> None:
-    evaluation = evaluate_mquake(kind(), tiny("llama"), GOLDEN["records"][:2], 2, few_shot=SHOWN, max_new_tokens=2)
-    assert set(figures(evaluation)) >= set(MEASURES)
-    assert all(0 <= value <= 1 for value in figures(evaluation).values())
+    backbone, (zoe, al) = tiny("llama"), GOLDEN["records"][:2]
+    with kind().edit(backbone, [*zoe.requests, *al.requests]) as edited:
+        (said,) = edited.generate([SHOWN.ask(zoe.multi_hop[2].prompt)], max_new_tokens=4)
+    assert SHOWN.answer(said)
+    # zoe's third question is answered right, al's are not
+    right = replace(zoe.multi_hop[2], answers=(SHOWN.answer(said),))
+    knows = replace(zoe, multi_hop=(*zoe.multi_hop[:2], right))
+    found = figures(evaluate_mquake(kind(), backbone, [knows, al], 2, few_shot=SHOWN, max_new_tokens=4))
+    assert set(found) >= set(MEASURES)
+    assert found["multi_hop/mquake_accuracy"] == 1 / 2
+    assert found["multi_hop/2_hops/mquake_accuracy"] == 1
+    assert found["multi_hop/3_hops/mquake_accuracy"] == 0
+    assert found["reliability/mquake_edit_wise"] == found["single_hop/mquake_instance_wise"] == 0

@@ -207,7 +207,9 @@ def test_within_inference_mode_and_autocast(
     with more.edit(requests[2:3]) as last:
         assert len(last.requests) == 3
     with torch.autocast("cpu", torch.bfloat16), editor.edit(backbone, requests[:1]) as edited:
-        assert loss(edited, requests[:1]) == pytest.approx(expected, abs=0.3)
+        now = loss(edited, requests[:1])
+        assert now == pytest.approx(expected, abs=0.3)
+        assert abs(now - expected) < abs(now - loss(Edited(backbone), requests[:1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,7 +219,8 @@ def test_a_model_of_half_precision(tiny: Callable[..., Backbone], requests: list
     weights = state(backbone.model)
     with EDITORS[name].edit(backbone, requests[:2]) as edited:
         now = loss(edited, requests[:2])
-        assert name == "kn" or now < loss(Edited(backbone), requests[:2])
+        before = loss(Edited(backbone), requests[:2])
+        assert now != before if name == "kn" else now < before  # what KN erases may have been for or against
     assert all(map(torch.equal, weights, state(backbone.model)))
 
 

@@ -192,7 +192,7 @@ def test_state_is_saved_removed_and_added_to(
     ("request_", "match"),
     [
         (EditRequest(text="City A is in Peru."), "edits a prompt with a target; this edit is free text"),
-        (EditRequest("City A is in", "Peru"), "needs the subject of every edit"),
+        (EditRequest("City A is in", "Peru"), 'needs the subject of every edit.*or add "subject": "..." to the edit$'),
         (EditRequest("City A is in", "Peru", "City B"), "has the subject 'City B'"),
     ],
 )

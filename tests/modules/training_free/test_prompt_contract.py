@@ -131,7 +131,11 @@ def test_within_inference_mode_and_autocast(make, tiny, requests, name: str) -> 
         assert same(more.score(PROMPTS, TARGETS), expected)
     with more.edit([EditRequest("Oslo is in", "Chad", "Oslo")]) as last:
         assert len(last.requests) == 5
+    unedited = Edited(backbone).score(PROMPTS, TARGETS)
     backbone.model.bfloat16()
     with editor.edit(backbone, requests) as edited:
-        for a, b in zip(edited.score(PROMPTS, TARGETS), expected, strict=True):
+        found = edited.score(PROMPTS, TARGETS)
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a.log_probs, b.log_probs, atol=0.5, rtol=0.1)
+        now, then, never = (torch.cat([s.log_probs for s in each]) for each in (found, expected, unedited))
+        assert (now - then).abs().sum() < (now - never).abs().sum()
