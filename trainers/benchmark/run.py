@@ -28,7 +28,7 @@ from modules.evaluation import Answers
 from modules.export import versions
 from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
-from trainers.benchmark.cell import run_cell
+from trainers.benchmark.cell import in_words, run_cell
 from trainers.benchmark.figures import write_figures
 from trainers.benchmark.grid import Benchmark, Cell, matching, spans
 from trainers.benchmark.tables import write_csv, write_tables
@@ -77,7 +77,8 @@ def run_benchmark(
     """Run what is not finished yet; write tables, figures and answers of everything.
 
     A finished cell is kept whatever code computed it, and says by which (`trainers.result_cache.code`). A cell that
-    fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again.
+    fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again;
+    until then it keeps the numbers of edits that it reached.
 
     Args:
         records: of each data set, see `records_of`.
@@ -202,7 +203,7 @@ def _safely(cell: Cell, editor: Any, backbone: Backbone, originals: Answers, ans
         return run_cell(cell, editor, backbone, originals, answers, tell)
     except Exception as error:  # whatever one cell does, the others' hours of work go on
         log.debug("%s failed", cell.name, exc_info=True)
-        return {"error": f"{type(error).__name__}: {error}"}
+        return in_words(error)
 
 
 def _work(cell: Cell) -> int:

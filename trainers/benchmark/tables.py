@@ -30,7 +30,7 @@ Result = Mapping[str, Any]
 
 
 def points(results: Sequence[Result]) -> Iterator[tuple[Result, dict[str, Any]]]:
-    """Every cell that did not fail, with each of its numbers of edits."""
+    """Every cell with each of the numbers of edits that it has figures of."""
     for result in results:
         for point in result.get("points", ()):
             yield result, point
@@ -94,7 +94,6 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
     for result, point in points(results):
         key = (result["dataset"], result["mode"], result["batch"], point["edits"])
         groups.setdefault(key, []).append((result, point))
-    without = [r for r in results if "points" not in r]
     for (dataset, mode, batch, edits), members in groups.items():
         of = f"{edits} edits" if edits > 1 else "single edits"
         how = mode + (f" by {batch}" if mode == "consecutive" else "")
@@ -130,9 +129,10 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
         lacking = [
             r
-            for r in without
+            for r in results
             if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch)
             and (mode != "batch" or edits in r["edits"])
+            and all(p["edits"] != edits for p in r.get("points", ()))
         ]
         notes += [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
         if left := [r["editor"] for r in lacking if "error" not in r]:

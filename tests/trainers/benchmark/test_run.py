@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from modules.backbone import BackboneConfig
+from modules.editor import Editor
 from trainers import evaluate as evaluate_command
+from trainers.benchmark import cell as benchmark_cell
 from trainers.benchmark import run as benchmark_run
 from trainers.command import run
 from trainers.evaluate import evaluate
@@ -200,6 +202,39 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     run(evaluate, [f"--config={file}"])
     assert "7 of 11 cells are finished" in capsys.readouterr().out
     assert "failed" not in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_a_run_that_fails_late_keeps_what_it_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = benchmark_cell.consecutive
+    told = iter((2, 2))  # records edited, and evaluated
+
+    def fails(editor: Editor, *rest: Any, **named: Any) -> Any:
+        def progress(_: int) -> None:
+            if editor.name == "ft_m" and next(told, None) is None:
+                raise RuntimeError("out of luck")
+
+        return real(editor, *rest, **named | {"progress": progress})
+
+    monkeypatch.setattr(benchmark_cell, "consecutive", fails)
+    file = config(tmp_path)
+    run(evaluate, [f"--config={file}", "--benchmark.only=['*/consecutive-*']"])
+    found = cells(tmp_path)["facts/consecutive-2-4-by2/ft_m.json"]
+    assert [p["edits"] for p in found["points"]] == [2]
+    assert found["error"] == "RuntimeError: out of luck"
+    assert found["memory"]["peak"]
+    tables = (tmp_path / "out" / "tables.md").read_text().split("## ")
+    two, four = (next(t for t in tables if t.startswith(f"facts, consecutive by 2, {n} edits")) for n in (2, 4))
+    assert "| ft_m | " in two
+    assert "failed" not in two
+    assert "| ft_m | " not in four
+    assert "ft_m failed: RuntimeError: out of luck" in four
+    monkeypatch.setattr(benchmark_cell, "consecutive", real)
+    capsys.readouterr()
+    run(evaluate, [f"--config={file}", "--benchmark.only=['*/consecutive-*']"])
+    assert "1 of 11 cells are finished" in capsys.readouterr().out  # the failed one is tried again
+    assert [p["edits"] for p in cells(tmp_path)["facts/consecutive-2-4-by2/ft_m.json"]["points"]] == [2, 4]
 
 
 def test_a_worker_that_is_killed_loses_its_cell_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
