@@ -131,6 +131,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "records",
         "records_dropped",
         "queries",
+        "requests",
         "queries_left_out",
         "records_contradicted",
         "conflicting_edits",

@@ -141,6 +141,7 @@ def _point(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> dict[st
         "edit_seconds": evaluation.edit_seconds,
         "answer_seconds": evaluation.answer_seconds,
         "edited": evaluation.settings["edited"],
+        "requests": evaluation.settings["requests"],
         "settings": evaluation.settings,
         "norms": norms,
         "records": evaluation.records,

@@ -105,6 +105,14 @@ def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:
     assert "rome\\_x & \\textbf{90.0 (80-100)}" in latex
 
 
+def test_seconds_are_of_a_request(tmp_path: Path) -> None:
+    told, asked = point(4, 0.9, 0.4, 0.8) | {"requests": 16}, [{"requested_rewrite": n * [{}]} for n in (1, 3)]
+    old = point(4, 0.9, 0.4, 0.8) | {"records": asked}  # two of four records asked, of two edits each
+    write_tables([result("rome", [told]), result("memit", [old])], tmp_path)
+    rows = [line.split(" | ") for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("| ")]
+    assert {row[0].strip("| "): row[4] for row in rows[2:]} == {"rome": "0.50", "memit": "1.00"}
+
+
 def test_records_are_counted_of_what_is_shown(tmp_path: Path) -> None:
     one = result("rome_x", [point(1, 0.9, 0.4, 0.8)])
     metrics = one["points"][0]["metrics"]
