@@ -220,6 +220,7 @@ def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
         "mode": cell.mode,
         "batch": cell.batch,
         "edits": list(cell.edits),
+        "asked": cell.asked,
         "protocol": cell.about["protocol"],
         "queries_per_kind": cell.queries_per_kind,
         "seed": cell.about["seed"],

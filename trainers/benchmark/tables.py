@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.metrics import from_file
+from trainers.benchmark.groups import Group, Result, apart, group_of, numbers
 from trainers.report import COLUMNS, UNRANKED, contradictions, write_text
 
 FIELDS: tuple[str, ...] = (
@@ -15,6 +16,7 @@ FIELDS: tuple[str, ...] = (
     "mode",
     "batch",
     "edits",
+    "asked",
     "editor",
     "protocol",
     "metric",
@@ -26,7 +28,6 @@ FIELDS: tuple[str, ...] = (
     "peak_mib",
     "seed",
 )
-Result = Mapping[str, Any]
 
 
 def points(results: Sequence[Result]) -> Iterator[tuple[Result, dict[str, Any]]]:
@@ -45,6 +46,7 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
         line = {name: result[name] for name in ("dataset", "mode", "batch", "editor", "protocol", "seed")}
         line |= {
             "edits": point["edits"],
+            "asked": result.get("asked"),
             "seconds_per_edit": f"{seconds_per_edit(point):.6g}",
             "peak_mib": peak(result),
         }
@@ -57,7 +59,7 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
 
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
-    """tables.md and tables.tex: a table for each data set, mode and number of edits; the best of a column in bold."""
+    """tables.md and tables.tex: a table for each data set, run and number of edits; the best of a column in bold."""
     markdown, latex = [], []
     for title, heads, rows, notes in _tables(results):
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
@@ -94,13 +96,15 @@ Row = tuple[str, list[tuple[str, bool]]]
 
 def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Row], list[str]]]:
     """(title, heads, rows of (editor, cells of (text, is the best)), notes)."""
-    groups: dict[tuple[Any, ...], list[tuple[Result, dict[str, Any]]]] = {}
-    for result, point in points(results):
-        key = (result["dataset"], result["mode"], result["batch"], point["edits"])
-        groups.setdefault(key, []).append((result, point))
-    for (dataset, mode, batch, edits), members in groups.items():
-        of = f"{edits} edits" if edits > 1 else "single edits"
-        how = mode + (f" by {batch}" if mode == "consecutive" else "")
+    groups: dict[Group, list[Result]] = {}
+    for result in results:
+        for edits in numbers(result):
+            groups.setdefault(group_of(result, edits), []).append(result)
+    for group, every in groups.items():
+        edits = group.edits
+        members = [(result, point) for result, point in points(every) if point["edits"] == edits]
+        if not members:
+            continue
         columns = metrics_of([point["metrics"] for _, point in members])
         best = {
             metric: max(
@@ -131,18 +135,17 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
         notes += _kept([r for r, _ in members])
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
-        lacking = [
-            r
-            for r in results
-            if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch)
-            and (mode != "batch" or edits in r["edits"])
-            and all(p["edits"] != edits for p in r.get("points", ()))
-        ]
+        lacking = [r for r in every if all(p["edits"] != edits for p in r.get("points", ()))]
         notes += [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
         if left := [r["editor"] for r in lacking if "error" not in r]:
             notes.append(f"Not run yet: {', '.join(left)}.")
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
-        yield f"{dataset}, {how}, {of}", heads, rows, notes
+        yield _title(group) + apart(group, (g for g in groups if _title(g) == _title(group))), heads, rows, notes
+
+
+def _title(group: Group) -> str:
+    how = group.mode + (f" by {group.batch}" if group.mode == "consecutive" else "")
+    return f"{group.dataset}, {how}, " + (f"{group.edits} edits" if group.edits > 1 else "single edits")
 
 
 def _kept(members: Sequence[Result]) -> list[str]:

@@ -149,6 +149,39 @@ def test_tables_say_whose_seconds_lack_the_search_of_values(tmp_path: Path) -> N
     assert "found once" not in (tmp_path / "tables.md").read_text()
 
 
+def test_runs_that_differ_are_not_put_together(tmp_path: Path) -> None:
+    some = [
+        result("rome", [point(100, 0.9, 0.4, 0.8)]),
+        result("rome", [point(100, 0.5, 0.4, 0.8)], asked=20),
+        result("rome", [point(1, 0.4, 0.4, 0.8)], mode="single", edits=[50]),
+        result("rome", [point(1, 0.3, 0.4, 0.8)], mode="single", edits=[20]),
+        result("rome", [point(10, 0.2, 0.4, 0.8)], mode="consecutive", batch=5),
+        result("rome", [point(10, 0.1, 0.4, 0.8)], mode="consecutive", batch=10),
+    ]
+    write_tables(some, tmp_path)
+    titles = [line[3:] for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("## ")]
+    assert titles == [
+        "facts, batch, 100 edits, all asked",
+        "facts, batch, 100 edits, 20 asked",
+        "facts, single, single edits, run of 50 records",
+        "facts, single, single edits, run of 20 records",
+        "facts, consecutive by 5, 10 edits",
+        "facts, consecutive by 10, 10 edits",
+    ]
+    over, between = over_number(some), trade(some)
+    assert over is not None
+    assert between is not None
+    drawn = [list(line.get_ydata()) for line in over.axes[0].lines]
+    assert [line for line in drawn if line] == [[0.9], [0.5], [0.4], [0.3], [0.2], [0.1]]
+    assert [axes.get_title() for axes in between.axes][:2] == ["100, batch, all asked", "100, batch, 20 asked"]
+    assert [axes.get_title() for axes in between.axes][4:] == ["10, consecutive, by 5", "10, consecutive, by 10"]
+    write_csv(some, tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open() as file:
+        assert [line["asked"] for line in csv.DictReader(file)][:6] == 3 * [""] + 3 * ["20"]
+    write_answers(some, tmp_path / "a.html")
+    assert "<h2>facts, batch, 100 edits, 20 asked</h2>" in (tmp_path / "a.html").read_text()
+
+
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
     given = results()
     for one in (given[1], given[2]):  # rome_x, as its cells are read from their files
