@@ -62,6 +62,9 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
     """tables.md and tables.tex: a table for each data set, run and number of edits; the best of a column in bold."""
     markdown, latex = [], []
     for title, heads, rows, notes in _tables(results):
+        if not rows:  # every cell failed
+            markdown.append("\n\n".join([f"## {title}", *notes]))
+            continue
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
         lines += [[name, *(f"**{text}**" if best else text for text, best in row)] for name, row in rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -95,7 +98,7 @@ Row = tuple[str, list[tuple[str, bool]]]
 
 
 def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Row], list[str]]]:
-    """(title, heads, rows of (editor, cells of (text, is the best)), notes)."""
+    """(title, heads, rows of (editor, cells of (text, is the best)), notes); no rows where every cell failed."""
     groups: dict[Group, list[Result]] = {}
     for result in results:
         for edits in numbers(result):
@@ -103,7 +106,15 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
     for group, every in groups.items():
         edits = group.edits
         members = [(result, point) for result, point in points(every) if point["edits"] == edits]
+        lacking = [r for r in every if all(p["edits"] != edits for p in r.get("points", ()))]
+        missing = [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
+        if not members and not missing:
+            continue
+        if left := [r["editor"] for r in lacking if "error" not in r]:
+            missing.append(f"Not run yet: {', '.join(left)}.")
+        title = _title(group) + apart(group, (g for g in groups if _title(g) == _title(group)))
         if not members:
+            yield title, [], [], missing
             continue
         columns = metrics_of([point["metrics"] for _, point in members])
         best = {
@@ -135,12 +146,8 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
         notes += _kept([r for r, _ in members])
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
-        lacking = [r for r in every if all(p["edits"] != edits for p in r.get("points", ()))]
-        notes += [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
-        if left := [r["editor"] for r in lacking if "error" not in r]:
-            notes.append(f"Not run yet: {', '.join(left)}.")
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
-        yield _title(group) + apart(group, (g for g in groups if _title(g) == _title(group))), heads, rows, notes
+        yield title, heads, rows, notes + missing
 
 
 def _title(group: Group) -> str:

@@ -149,6 +149,25 @@ def test_tables_say_whose_seconds_lack_the_search_of_values(tmp_path: Path) -> N
     assert "found once" not in (tmp_path / "tables.md").read_text()
 
 
+def test_failures_are_told_where_every_cell_failed(tmp_path: Path) -> None:
+    failed = [result("rome", [point(100, 0, 0, 0)]), result("ft", [], mode="consecutive", batch=8, edits=[10, 20])]
+    for one in failed:
+        del one["points"]
+        one["error"] = "ValueError: too long"
+    left = {**failed[0], "editor": "kn"}
+    del left["error"]
+    write_tables([*failed, left], tmp_path)
+    first, *others = (tmp_path / "tables.md").read_text().split("## ")[1:]
+    assert first.splitlines()[::2] == [
+        "facts, batch, 100 edits",
+        "rome failed: ValueError: too long",
+        "Not run yet: kn.",
+    ]
+    assert [t.partition("\n")[0] for t in others] == [f"facts, consecutive by 8, {n} edits" for n in (16, 20)]
+    assert all("ft failed: ValueError: too long" in text for text in others)
+    assert "tabular" not in (tmp_path / "tables.tex").read_text()
+
+
 def test_runs_that_differ_are_not_put_together(tmp_path: Path) -> None:
     some = [
         result("rome", [point(100, 0.9, 0.4, 0.8)]),
