@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.fluency import CONSISTENCY, FLUENCY
 from modules.metrics import from_file
 from trainers.benchmark.groups import Group, Result, apart, group_of, numbers
-from trainers.report import COLUMNS, UNRANKED, contradictions, write_text
+from trainers.report import COLUMNS, CONSISTENCY_LEGEND, FLUENCY_LEGEND, UNRANKED, contradictions, write_text
 
+LEGENDS = ((FLUENCY, FLUENCY_LEGEND), (CONSISTENCY, CONSISTENCY_LEGEND))
 FIELDS: tuple[str, ...] = (
     "dataset",
     "mode",
@@ -143,6 +145,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         }
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
+        notes += [text.strip() for metric, text in LEGENDS if any(metric == shown for shown, _ in columns)]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
         notes += _kept([r for r, _ in members])
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from modules.fluency import FLUENCY
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.figures import cost, over_number, trade, write_figures
 from trainers.benchmark.tables import FIELDS, write_csv, write_tables
@@ -147,6 +148,18 @@ def test_tables_say_whose_seconds_lack_the_search_of_values(tmp_path: Path) -> N
     assert [line.rpartition(": ")[2] for line in lines if "found once" in line] == ["memit."]
     write_tables(some[1:], tmp_path)
     assert "found once" not in (tmp_path / "tables.md").read_text()
+
+
+def test_fluency_is_no_percent(tmp_path: Path) -> None:
+    one = point(1, 0.9, 0.4, 0.8)
+    one["metrics"] = {FLUENCY: {"value": 6.2, "ci": [6.1, 6.3], "records": 4}}
+    write_tables([result("rome", [one])], tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "| rome | 620.0 (610-630) |" in text
+    assert "GE: entropy of the bigrams and trigrams of greedy texts, in hundredths of bits" in text
+    assert "RS:" not in text
+    write_tables(results(), tmp_path)
+    assert "GE:" not in (tmp_path / "tables.md").read_text()
 
 
 def test_failures_are_told_where_every_cell_failed(tmp_path: Path) -> None:
