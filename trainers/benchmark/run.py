@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.files import hashes
 from datamodules.records import EditRecord
 from datamodules.sources import load
 from modules.backbone import Backbone
@@ -131,8 +132,10 @@ def plan(
     batch_size: int,
 ) -> Iterator[Cell]:
     """All cells. Runs of fewer edits take the first ones of those with more."""
-    weights = weights_hash(backbone.model)
+    weights, overrides = weights_hash(backbone.model), json.loads(json.dumps(backbone.config.overrides))
+    files = {chosen.editor.name: hashes(chosen.facts) for chosen in editors}
     for name, dataset in benchmark.datasets.items():
+        judged_by = hashes(dataset.judging.told())
         asked = meeting_conditions(backbone, list(records[name]), batch_size)
         about = {"seed": seed, "batch_size": batch_size, "weights": weights, **dataset.judging.told()}
         if any(record.multi_hop for record in asked):
@@ -154,6 +157,8 @@ def plan(
                         dataset.judging,
                         run.asked,
                         dataset.queries_per_kind,
+                        files[chosen.editor.name] | judged_by,
+                        overrides,
                     )
 
 
@@ -225,6 +230,7 @@ def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
         "queries_per_kind": cell.queries_per_kind,
         "seed": cell.about["seed"],
         "facts": cell.facts,
+        "files": cell.files,
         "backbone": asdict(backbone.config),
         "versions": versions(),
         "command": command_line(),
@@ -235,7 +241,7 @@ def _kept(cell: Cell, out: Path) -> dict[str, Any] | None:
     """The cell's result, or its failure, where it is there and of the same setup."""
     try:
         found = json.loads(cell.file(out).read_text(encoding="utf-8"))
-        same = found["key"] == cell.key()
-    except (OSError, ValueError, KeyError, TypeError):
+        same = cell.holds(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if same else None
