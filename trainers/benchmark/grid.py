@@ -87,7 +87,8 @@ class Benchmark:
         datasets: by the names that results are filed under.
         runs: modes and numbers of edits.
         out: the folder of results. What is finished there, of the same editor, weights, records and run, is kept.
-        workers: processes that take cells; on GPUs each has one of its own. 0: as many as there are GPUs, else 1.
+        workers: processes that take cells; with `device: auto` on GPUs each has one of its own, else all have the
+            device that is named. 0: as many as there are GPUs with `device: auto`, else 1.
         answers: of so many records of each cell, generated answers are kept for reading.
         only: run these cells alone, by patterns of their files' names (counterfact/batch-1000/*, */memit); none for an
             empty list. Tables, figures and answers are of all cells that are finished.

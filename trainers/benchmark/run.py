@@ -172,7 +172,8 @@ def _results(
     task: Any,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """(cell, result) as cells end."""
-    workers = min(benchmark.workers or max(1, torch.cuda.device_count()), max(1, len(left)))
+    there_are = max(1, torch.cuda.device_count()) if specs.device == "auto" else 1
+    workers = min(benchmark.workers or there_are, max(1, len(left)))
     if workers == 1:
         known = {c.editor.name: c.editor for c in editors}
         originals = Answers(Edited(backbone))
@@ -205,10 +206,11 @@ def _in_worker(cell: Cell, answers: int) -> dict[str, Any]:
 
 def _safely(cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, tell: Any) -> dict[str, Any]:
     try:
-        return run_cell(cell, editor, backbone, originals, answers, tell)
+        found = run_cell(cell, editor, backbone, originals, answers, tell)
     except Exception as error:  # whatever one cell does, the others' hours of work go on
         log.debug("%s failed", cell.name, exc_info=True)
-        return in_words(error)
+        found = in_words(error)
+    return found | {"hardware": hardware(backbone.device)}  # of this process, which may be a worker
 
 
 def _work(cell: Cell) -> int:
