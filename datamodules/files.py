@@ -1,7 +1,11 @@
 """Where files that a user names are looked for."""
 
+import gzip
 import os
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 DATA_FOLDER = "PALIMPSEST_DATA"  # the environment variable that names a folder of data
 
@@ -32,6 +36,28 @@ def sought(path: str | Path) -> Path | None:
             if (found := place / name).exists():
                 return found.resolve()
     return None
+
+
+def hashes(values: Any) -> dict[str, str]:
+    """Of every file that JSON values name, however deep: the text that names it, and a hash of what it holds, unpacked.
+
+    Folders, and texts by which `sought` finds nothing, are passed over.
+    """
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        return {name: found for value in values for name, found in hashes(value).items()}
+    try:
+        there = sought(values) if isinstance(values, str) else None
+    except (OSError, ValueError, RuntimeError):  # too long for a name, or of characters that no name has
+        return {}
+    if there is None or not there.is_file():
+        return {}
+    digest = sha256()
+    with gzip.open(there) if there.suffix == ".gz" else there.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return {values: digest.hexdigest()}
 
 
 def _places() -> list[Path]:

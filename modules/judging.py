@@ -55,8 +55,9 @@ class Evaluation:
         aggregates: metric -> {value, ci, records}, see `modules.metrics.summarise`.
         edit_seconds: spent on making the edits, over all pools.
         answer_seconds: spent on the edited model's answers, over all pools.
-        settings: the protocol, how it was measured, how many records and queries were left out, and how many records'
-            edits conflict with another's (`conflicting_edits`). Where it was counted, `queries` is how many different
+        settings: the protocol, how it was measured, how many records were `edited` by how many `requests`, how many
+            records and queries were left out, and how many records' edits conflict with another's
+            (`conflicting_edits`). Where it was counted, `queries` is how many different
             prompts were asked, and `context_tokens` the mean number of tokens that the method put before one.
     """
 
@@ -194,8 +195,9 @@ def evaluate_pools(
     }
     if asked:
         settings["asked_of_each_pool"] = asked
-    if editor.own_edit_only:
-        settings["edited"] = len(results)  # what is not asked is not edited either
+    if editor.own_edit_only:  # what is not asked is not edited either
+        alone = [case for cases in judged for case in cases if case.asked]
+        settings |= {"edited": len(alone), "requests": _requests(alone)}
     if queries:
         settings |= {"queries": queries, "context_tokens": context_tokens / queries}
     aggregates = judge.summary(results, seed)
@@ -220,12 +222,17 @@ def settings_of(judge: Judge, cases: Sequence[Case], results: Sequence[Mapping[s
         | {
             "records": len(results),
             "edited": len(cases),
+            "requests": _requests(cases),
             "queries_left_out": sum(case.left_out for case in cases),
             "records_contradicted": sum(case.contradicted for case in cases),
             "bootstrap_seed": seed,
         }
         | judge.counts(results)
     )
+
+
+def _requests(cases: Iterable[Case]) -> int:
+    return sum(len(case.record.requests) for case in cases)
 
 
 def conflicting_edits(records: Sequence[EditRecord]) -> int:

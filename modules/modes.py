@@ -95,7 +95,7 @@ def consecutive(
         for at in range(0, len(records), batch):
             requests = [request for record in records[at : at + batch] for request in record.requests]
             start = now(backbone)
-            edited = _edit(stack, editor, backbone, edited, requests)
+            edited = on_top(stack, editor, backbone, edited, requests)
             ready = now(backbone)
             edit_seconds += ready - start
             done = min(at + batch, len(records))
@@ -156,9 +156,10 @@ def norms(backbone: Backbone, changes: Mapping[str, LowRank | Tensor]) -> dict[s
     return found
 
 
-def _edit(
+def on_top(
     stack: ExitStack, editor: Editor, backbone: Backbone, edited: Edited | None, requests: Sequence[EditRequest]
 ) -> Edited:
+    """The model under further edits, on top of those of `edited` where there are any; `stack` ends what it entered."""
     if edited is None:
         return stack.enter_context(editor.edit(backbone, requests))
     # where the edits are the object's alone, the old one need not be kept: a thousand of them would fill the memory

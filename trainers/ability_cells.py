@@ -1,9 +1,9 @@
 """The results of `trainers.ability`: {"meta", "cells"}, cells by editor, by number of edits (as text) and by task.
 
 A cell holds what `modules.ability.measure` gives, `change` from the unedited model, `edit_seconds`, `passed_over`
-(examples too long for the model), and `made_of`, a hash of everything that its figures hang on; or {"error": reason}.
-By that hash a later call tells which cells it may keep, so that tasks, editors and numbers of edits can be added. What
-a call does not ask for is not in its file.
+(examples too long for the model), `made_of`, a hash of everything that its figures hang on, and `files`, hashes of the
+files that the editor was made of; or {"error": reason}. By these a later call tells which cells it may keep, so that
+tasks, editors and numbers of edits can be added. What a call does not ask for is not in its file.
 """
 
 import json
@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datamodules.files import hashes
 from datamodules.records import EditRecord
 from modules.ability.measure import change
 from modules.ability.task import Example, Task
@@ -64,12 +65,17 @@ class Cells:
     ) -> None:
         self.report, self.states, self.asked, self.rest = report, list(states), list(asked), list(rest)
         self._records = [record.to_json() for record in records]
+        self._files = {state.editor: hashes(state.facts) for state in self.states}
         self._tasks = {a.task.name: _digest([_kind(a.task), [asdict(e) for e in a.examples]]) for a in asked}
 
     def made_of(self, state: State, task: str) -> str:
         """A hash of what a cell's figures hang on. The unedited model hangs on no records."""
         edits = [self._records[: state.edits], state.facts] if state.edits else []
         return _digest([self._tasks[task], edits, self.rest])
+
+    def files(self, state: State) -> dict[str, str]:
+        """Hashes of the files that an editor was made of; cells of before do not tell them."""
+        return self._files[state.editor]
 
     def keep(self, out: Path) -> int:
         """Take over the cells of an earlier file that are made of the same; how many those are."""
@@ -81,6 +87,7 @@ class Cells:
                 for one in self.asked
                 if (cell := old.get(state.editor, {}).get(str(state.edits), {}).get(one.task.name, {}))
                 and cell.get("made_of") == self.made_of(state, one.task.name)
+                and cell.get("files", self.files(state)) == self.files(state)
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is no file, or one of another kind
             return 0

@@ -71,7 +71,9 @@ def run_ability(
     states = [State(UNEDITED, 0, {})] if 0 in counts else []
     states += [State(c.editor.name, count, c.facts) for c in editors for count in edits]
     report = _new(backbone, records, counts, batch, asked, missing, data, seed)
-    cells = Cells(report, states, asked, records, [weights_hash(backbone.model), batch, seed])
+    rest = [weights_hash(backbone.model), batch, seed]
+    rest += [backbone.config.overrides] if backbone.config.overrides else []
+    cells = Cells(report, states, asked, records, rest)
     if kept := cells.keep(out):
         console.print(f"kept from {out}: {kept} results", highlight=False, soft_wrap=True)
     with bar(console, enabled=progress) as shown:
@@ -107,7 +109,8 @@ class _Asking:
                 self._failed(state, [one], error)
             else:
                 about = {"passed_over": one.passed_over, "edit_seconds": edit_seconds}
-                self.cells.put(state, name, found | about | {"made_of": self.cells.made_of(state, name)})
+                made_of = {"made_of": self.cells.made_of(state, name), "files": self.cells.files(state)}
+                self.cells.put(state, name, found | about | made_of)
             write_json(self.out, self.cells.report)
 
     def edit_and_ask(

@@ -39,7 +39,8 @@ def compare(
         reference: the editor of the first file that the others are compared with; by default its first one.
         edits: only these numbers of edits.
         metrics: by name; by default the main ones of the protocol.
-        allow: fields that may differ: mode, batch, edits, backbone. The table then says so.
+        allow: fields that may differ: mode, batch, edits, backbone (another model, or the same one loaded
+            otherwise). The table then says so.
         seed: of the bootstrap.
         resamples: of the bootstrap.
         out: a file for the table, in Markdown.
@@ -62,7 +63,7 @@ def compare(
     others = [entry for entry in entries if entry not in first]
     if not others:
         raise ValueError(f"{entries[0].file} has {name} alone; give a second file, or one with several editors")
-    notes = [note for other in others for note in differing(first[0], other, allow or ())]
+    notes = [note for other in others for note in differing(first[0], other, allow or (), metrics)]
     parts = []
     for base, of in pairs(first, others, "edits" in (allow or ())):
         parts.append(_table(base, of, metrics, seed, resamples))

@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modules.fluency import CONSISTENCY
+
 
 @dataclass(frozen=True)
 class Entry:
     """One editor at one number of edits.
 
     Args:
-        told: what must be alike, by field; the protocol with what it was asked by. `queries_per_kind` and
-            `demonstrations` are of results that say so, which older ones do not.
+        told: what must be alike, by field; the protocol with what it was asked by. `queries_per_kind`,
+            `demonstrations` and how a backbone was loaded are of results that say so, which older ones do not;
+            `reference_texts` (how many) of those that have RS.
         results: per-record results by record id.
+        code: a hash of the code that computed them, of results that say so.
     """
 
     file: str
@@ -26,6 +30,7 @@ class Entry:
     edits: int
     told: dict[str, Any]
     results: dict[str, Mapping[str, Any]] = field(repr=False)
+    code: str | None = None
 
 
 def read(path: Path, edits: Sequence[int] | None = None) -> list[Entry]:
@@ -51,7 +56,8 @@ def _entries(file: str, content: Mapping[str, Any]) -> Iterator[Entry]:
     if "points" in content:  # a cell
         for point in content["points"]:
             told = _told(content, content["protocol"], point["settings"])
-            yield Entry(file, content["editor"], point["edits"], told, _by_id(point["records"]))
+            records = _by_id(point["records"])
+            yield Entry(file, content["editor"], point["edits"], told, records, content.get("code"))
         return
     for editor, sizes in content["records"].items():
         for size, results in sizes.items():
@@ -64,12 +70,16 @@ def _told(about: Mapping[str, Any], protocol: str, settings: Mapping[str, Any]) 
     how = ("demonstrations", "demonstrations_by_relation", "chain_of_thought", "max_new_tokens", "max_tokens")
     options = {name: settings[name] for name in how if name in settings}
     batch = settings.get("batch") or about.get("batch") if about["mode"] == "consecutive" else None
-    source = about["backbone"]["source"]
-    told = {"protocol": protocol, "options": options, "mode": about["mode"], "batch": batch, "backbone": source}
+    backbone = about["backbone"]
+    told = {"protocol": protocol, "options": options, "mode": about["mode"], "batch": batch}
+    told |= {"backbone": backbone["source"]}
+    told |= {f"backbone.{name}": backbone[name] for name in ("dtype", "revision", "overrides") if name in backbone}
     if "queries_per_kind" in about:
         told["queries_per_kind"] = about["queries_per_kind"] or "all"
     if "demonstrations_hash" in settings:
         told["demonstrations"] = settings["demonstrations_hash"]
+    if settings.get("reference_texts"):
+        told["reference_texts"] = settings["reference_texts"]
     return told
 
 
@@ -87,28 +97,38 @@ def _by_id(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
 _NEVER = {  # what no one may allow: why
     "protocol": "figures of two protocols cannot be compared",
     "queries_per_kind": "figures of other questions cannot be compared; evaluate both with the same --queries_per_kind",
+    "reference_texts": "consistency (RS) with other texts cannot be compared; leave it out, by --metrics",
     "demonstrations": "answers after other demonstrations cannot be compared; these are hashes of the files' texts",
 }
 
 
-def differing(one: Entry, other: Entry, allow: Sequence[str]) -> Iterator[str]:
+def differing(one: Entry, other: Entry, allow: Sequence[str], metrics: Sequence[str] | None = None) -> Iterator[str]:
     """What is allowed to differ and does, in words.
+
+    Args:
+        allow: fields, with their parts.
+        metrics: those that are compared; None: all.
 
     Raises:
         ValueError: for what is not; it names the field and both values.
     """
     for name, value in one.told.items():
         theirs = other.told.get(name, value)
-        if theirs == value:
+        if theirs == value or (name == "reference_texts" and metrics and CONSISTENCY not in metrics):
             continue
         field = "protocol" if name == "options" else name
         found = f"{field}: {one.file} ({one.editor}) has {value!r}, {other.file} ({other.editor}) has {theirs!r}"
-        if name in allow:
+        if name.partition(".")[0] in allow:
             yield found
         elif field in _NEVER:
             raise ValueError(f"{found}; {_NEVER[field]}")
         else:
-            raise ValueError(f"{found}; give --allow {field} to compare them all the same")
+            raise ValueError(f"{found}; give --allow {field.partition('.')[0]} to compare them all the same")
+    if one.code and other.code and one.code != other.code:
+        yield (
+            f"code: {one.file} ({one.editor}) was computed by {one.code[:8]}, {other.file} ({other.editor}) by "
+            f"{other.code[:8]}, which may differ in what they measure"
+        )
 
 
 def pairs(first: Sequence[Entry], others: Sequence[Entry], any_edits: bool) -> Iterator[tuple[Entry, list[Entry]]]:

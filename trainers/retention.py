@@ -2,8 +2,9 @@
 
 The report is that of trainers/report.py, filed by the number of edits so far in place of the pool size, and
 
-    curves      by editor, a list with an entry per checkpoint: edits, edit_seconds, seconds_per_edit, `first` (metrics
-                of the first checkpoint's records alone) and `norms` (L1 norms of the edited matrices)
+    curves      by editor, a list with an entry per checkpoint: edits, edit_seconds, seconds_per_edit (of a request: a
+                record may hold several), `first` (metrics of the first checkpoint's records alone) and `norms` (L1
+                norms of the edited matrices)
     finished    by editor, what it was made of; one that stands here is not run again by a later call
 """
 
@@ -132,7 +133,7 @@ class _At:
         point = {
             "edits": edits,
             "edit_seconds": seconds,
-            "seconds_per_edit": seconds / edits,
+            "seconds_per_edit": seconds / reached.evaluation.settings["requests"],
             "first": {metric: cell["value"] for metric, cell in reached.first.items()},
             "norms": {name: norms._asdict() for name, norms in reached.norms.items()},
         }

@@ -110,8 +110,10 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def nth_device(n: int) -> str:
-    """The device of the n-th worker process: a GPU of its own as long as there are any."""
+def nth_device(n: int, wanted: str = "auto") -> str:
+    """The device of the n-th worker process: what is wanted, or with auto a GPU of its own while there are any."""
+    if wanted != "auto":
+        return wanted
     count = torch.cuda.device_count()
     return f"cuda:{n % count}" if count else "cpu"
 
@@ -123,6 +125,8 @@ def prepare(specs: Specs, device: str, threads: int) -> None:
     """Of a new worker process: build everything on its device."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(threads)
+    if (place := torch.device(device)).type == "cuda":
+        torch.cuda.set_device(place)  # what names no device of its own must not begin a context on the first one
     backbone, editors = build(specs, device)
     _mine.update(backbone=backbone, editors={c.editor.name: c.editor for c in editors})
 
@@ -135,7 +139,7 @@ def built() -> tuple[Backbone, dict[str, Editor]]:
 def spread(
     work: Callable[[Item], Any], items: Sequence[Item], specs: Specs, workers: int
 ) -> Iterator[tuple[Item, Any | None]]:
-    """(item, what `work` gave) as they end, by so many processes, each of which builds `specs` on a device of its own.
+    """(item, what `work` gave) as they end, by so many processes, each of which builds `specs`, see `nth_device`.
 
     A process that is killed, as for want of memory, loses the item that it was at, whose result is None; another one
     takes its place. One that cannot even build leaves its item to the others.
@@ -147,7 +151,7 @@ def spread(
         ValueError: where no process is left that can build.
     """
     context = multiprocessing.get_context("spawn")  # what has used CUDA must not be forked
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, _cores() // workers)
     waiting, idle = deque(items), deque(range(workers))
     pools: dict[int, tuple[ProcessPoolExecutor, Future[None]]] = {}  # of one process each: it breaks for itself alone
     running: dict[Future[Any], tuple[int, Item]] = {}
@@ -155,7 +159,7 @@ def spread(
 
         def submit(n: int, item: Item) -> Future[Any]:
             if n not in pools:
-                pool = ProcessPoolExecutor(1, context, prepare, (specs, nth_device(n), threads))
+                pool = ProcessPoolExecutor(1, context, prepare, (specs, nth_device(n, specs.device), threads))
                 pools[n] = stack.enter_context(pool), pool.submit(_nothing)
             return pools[n][0].submit(work, item)
 
@@ -186,6 +190,11 @@ def spread(
                         continue
                 idle.append(n)
                 yield item, found
+
+
+def _cores() -> int:
+    """Those that this process may use, which are fewer than the machine's in many a job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import now
+from modules.modes import on_top
 
 
 def check(editor: Editor, there_are: int, counts: Sequence[int], batch: int | None = None) -> None:
@@ -69,19 +70,10 @@ def edited_models(
         for at in range(0, counts[-1] if counts else 0, batch):
             done = min(at + batch, len(records))
             start = now(backbone)
-            edited = _on_top(stack, editor, backbone, edited, _requests(records[at:done]))
+            edited = on_top(stack, editor, backbone, edited, _requests(records[at:done]))
             seconds += now(backbone) - start
             if done in counts:
                 yield done, edited, seconds
-
-
-def _on_top(
-    stack: ExitStack, editor: Editor, backbone: Backbone, edited: Edited | None, requests: Sequence[EditRequest]
-) -> Edited:
-    if edited is None:
-        return stack.enter_context(editor.edit(backbone, requests))
-    add = getattr(edited, "add", None)  # as in modules.modes: a thousand old models would fill the memory
-    return add(requests) if add else stack.enter_context(edited.edit(requests))
 
 
 def _requests(records: Sequence[EditRecord]) -> list[EditRequest]:

@@ -1,1 +1,1 @@
-"""Protocols of single benchmarks, one a file; each is called as `modules.evaluation.evaluate` is."""
+"""Protocols of single benchmarks, one a file; each is a `modules.judging.Judge`."""

@@ -1,5 +1,6 @@
 """Sources: files to one Arrow data set, its cache, its mixture and its errors."""
 
+import gzip
 import json
 import os
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from datamodules.files import sought
+from datamodules.files import hashes, sought
 from datamodules.records import EditRecord, EditRequest
 from datamodules.schedule import Place
 from datamodules.sources import RecordDataset, Source, keep, load
@@ -215,3 +216,18 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
         load([Source("facts", weight=1), Source("zsre", "b.json")])
     with pytest.raises(ValueError, match="unexpected keyword argument 'spilt'"):
         load([Source("facts", options={"spilt": "val"})], str(tmp_path / "cache"))
+
+
+def test_files_are_known_again_by_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "folder").mkdir()
+    named = {"text": "a.txt", "more": [{"path": "folder"}, "a" * 5000, "\0", 3, None], "none": "b.txt"}
+    before = hashes(named)
+    assert list(before) == ["a.txt"]
+    with gzip.open("a.txt.gz", "wt") as file:
+        file.write("one")
+    (tmp_path / "a.txt").unlink()
+    assert hashes(named) == before
+    (tmp_path / "a.txt").write_text("two")
+    assert hashes(named) != before

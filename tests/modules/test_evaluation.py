@@ -353,7 +353,7 @@ def test_only_the_first_of_a_pool_are_asked_and_all_are_edited() -> None:
     assert [r["case_id"] for r in result.records] == ["City0", "City1", "City3", "City4"]
     assert [len(model.scored[0]) for model in editor.models] == [2, 2]
     assert len(original.scored[0]) == 2  # nor is the unedited model asked more
-    assert (result.settings["records"], result.settings["edited"]) == (4, 6)
+    assert (result.settings["records"], result.settings["edited"], result.settings["requests"]) == (4, 6, 6)
     assert result.settings["asked_of_each_pool"] == 2
     own = TaughtOwn()
     evaluate_pools(judge, own, BACKBONE, records, 3, asked=2)

@@ -1,6 +1,7 @@
 """General ability by the command: cells, changes, what a later call keeps, and what fails."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,25 @@ def test_a_later_call_keeps_what_is_made_of_the_same(
     assert "kept" not in screen
     out.write_text("[]")
     run(backbone, records, out)  # a file of another kind is written over
+
+
+def test_results_are_of_the_files_and_of_the_backbones_config(
+    backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    out, text = folder / "a.json", folder / "text.txt"
+    text.write_text("one")
+    editors = [Chosen(Nudge(layers=[1]), {"layers": [1], "text": "text.txt"})]
+    first, _ = run(backbone, records, out, editors=editors)
+    assert "3 results" in run(backbone, records, out, editors=editors)[1]
+    text.write_text("two")
+    assert "1 results" in run(backbone, records, out, editors=editors)[1]  # of the unedited model
+    for by_task in first["cells"]["nudge"].values():
+        del by_task["sst2"]["files"]  # as of before
+    out.write_text(json.dumps(first))
+    assert "3 results" in run(backbone, records, out, editors=editors)[1]
+    monkeypatch.setattr(backbone, "config", replace(backbone.config, overrides={"rope_theta": 5}))
+    assert "kept" not in run(backbone, records, out, editors=editors)[1]
 
 
 def test_batch_after_batch_starts_from_the_first_where_one_is_missing(

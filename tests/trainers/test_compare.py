@@ -90,17 +90,60 @@ def test_cells_of_a_benchmark_are_files_too(tmp_path: Path) -> None:
         ),
         ({"mode": "single"}, r"mode: .* has 'batch', .* has 'single'; give --allow mode"),
         ({"backbone": {"source": "n"}}, r"backbone: .* has 'm', .* has 'n'"),
+        (
+            {"backbone": {"source": "m", "dtype": "bfloat16"}},
+            r"backbone\.dtype: .* has 'float32', .* has 'bfloat16'; give --allow backbone to",
+        ),
+        ({"backbone": {"source": "m", "revision": "v2"}}, r"backbone\.revision: .* has None, .* has 'v2'"),
+        ({"backbone": {"source": "m", "overrides": {"rope_theta": 1}}}, r"backbone\.overrides: .* has \{\}, .*rope_th"),
         ({"records": {2: {"z": 1.0}}}, r"records: .* have none in common; the first ones are 'a' and 'z'"),
         ({"records": {3: {"a": 1.0}}}, r"edits: .* has \[2\], .*b\.json has \[3\]; give --allow edits"),
     ],
 )
 def test_what_is_not_alike_is_refused_by_name(tmp_path: Path, other: dict[str, Any], message: str) -> None:
-    one = report(tmp_path / "a.json", {"rome": {2: {"a": 1.0}}})
+    loaded = {"source": "m", "dtype": "float32", "revision": None, "overrides": {}}
+    one = report(tmp_path / "a.json", {"rome": {2: {"a": 1.0}}}, backbone=loaded)
     two = report(tmp_path / "b.json", {"memit": other.pop("records", {2: {"a": 1.0}})}, **other)
     with pytest.raises(ValueError, match=message):
         compare([one, two])
     with pytest.raises(ValueError, match="--allow protocol: only mode, batch, edits, backbone may differ"):
         compare([one, two], allow=["protocol"])
+
+
+def test_a_model_loaded_otherwise_is_allowed_as_another_one_is(tmp_path: Path) -> None:
+    files = [
+        report(tmp_path / f"{t}.json", {t: {2: {"a": 1.0}}}, backbone={"source": "m", "dtype": t}) for t in ("f", "b")
+    ]
+    assert "backbone.dtype: " in compare(files, allow=["backbone"])
+
+
+def test_consistency_with_other_texts_is_refused(tmp_path: Path) -> None:
+    def made(name: str, texts: int) -> str:
+        file = report(tmp_path / f"{name}.json", {name: {2: {"a": 1.0}}})
+        content = json.loads(Path(file).read_text())
+        content["runs"][name]["2"]["reference_texts"] = texts
+        Path(file).write_text(json.dumps(content))
+        return file
+
+    one, two, none = made("one", 3), made("two", 4), made("none", 0)
+    with pytest.raises(ValueError, match=r"reference_texts: .* has 3, .* has 4; consistency \(RS\) with other texts"):
+        compare([one, two], allow=["backbone"])
+    assert "two" in rows(compare([one, two], metrics=["reliability/token_accuracy"]))
+    assert "none" in rows(compare([one, none]))  # whose texts nothing was compared with
+
+
+def test_other_code_is_told(tmp_path: Path) -> None:
+    def cell(name: str, **told: str) -> str:
+        point = {"edits": 2, "settings": {"protocol": "default"}, "records": [result("a", 1.0)]}
+        about = {"editor": name, "protocol": "default", "mode": "batch", "batch": 0, "backbone": {"source": "m"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(about | {"points": [point]} | told))
+        return str(tmp_path / f"{name}.json")
+
+    files = [cell("rome", code="0123456789"), cell("ft", code="abcdefghij"), cell("kn", code="0123456789"), cell("old")]
+    text = compare(files)
+    assert text.count("code: ") == 1
+    assert "(rome) was computed by 01234567, " in text
+    assert "(ft) by abcdefgh, which may differ in what they measure" in text
 
 
 def test_one_id_for_two_edits_and_other_demonstrations_are_refused(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "records",
         "records_dropped",
         "queries",
+        "requests",
         "queries_left_out",
         "records_contradicted",
         "conflicting_edits",
@@ -305,6 +306,8 @@ def test_contradictions_are_told_once_for_a_number_of_edits() -> None:
     assert contradictions(runs) == [f"3 of 10 {rest} their multi-hop questions are not asked."]
     strict = {"a": {"10": default | {"protocol": "mquake", "records": 7}}}
     assert contradictions(strict) == [f"3 of 10 {rest} they are not asked."]
+    asked = {name: {"10": default | {"records": 2, "edited": edited}} for name, edited in (("upper", 2), ("rome", 10))}
+    assert contradictions(asked) == contradictions(runs)
     report: Report = {"meta": {}, "aggregate": {}, "runs": runs, "records": {}}
     assert f"3 of 10 {rest}" in markdown_table(report)
     screen = StringIO()

@@ -1,6 +1,7 @@
 """A run of consecutive editing: its file, its figure, what a later call keeps, and the command."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ def test_a_stopped_run_leaves_its_checkpoints(
     assert list(report["finished"]) == ["unedited"]
     report, _ = run(backbone, records, out, chosen())
     assert [p["edits"] for p in report["curves"]["nudge"]] == [1, 2, 4]
+
+
+def test_seconds_are_of_a_request(backbone: Backbone, records: list[EditRecord], tmp_path: Path) -> None:
+    double = [replace(record, requests=(*record.requests, *record.requests)) for record in records]
+    report, _ = run(backbone, double, tmp_path / "r.json", chosen())
+    points = report["curves"]["nudge"]
+    assert [p["edits"] for p in points] == [1, 2, 4]
+    assert all(p["seconds_per_edit"] == p["edit_seconds"] / (2 * p["edits"]) for p in points)
 
 
 @pytest.mark.parametrize(

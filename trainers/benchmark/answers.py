@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from modules.metrics import exact_match
-from trainers.benchmark.tables import Result
+from trainers.benchmark.groups import Group, Result, apart, group_of
 from trainers.report import write_text
 
 STYLE = """
@@ -31,12 +31,15 @@ document.getElementById('find').addEventListener('input', event => {
 
 def write_answers(results: Sequence[Result], file: Path) -> None:
     """A section for each data set and run, in the grid's order; what no cell kept answers of is left out."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, Group], list[Result]] = {}
     for result in results:
         if result.get("answers"):
-            edits = "/".join(map(str, result["edits"]))
-            groups.setdefault((result["dataset"], f"{result['mode']}, {edits} edits"), []).append(result)
-    sections = [_section(f"{dataset}, {run}", members) for (dataset, run), members in groups.items()]
+            title = f"{result['dataset']}, {result['mode']}, {'/'.join(map(str, result['edits']))} edits"
+            groups.setdefault((title, group_of(result, result["edits"][-1])), []).append(result)
+    sections = [
+        _section(title + apart(group, (other for name, other in groups if name == title)), members)
+        for (title, group), members in groups.items()
+    ]
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Answers of edited models</title><style>{STYLE}</style></head><body>
 <h1>Answers of edited models</h1>

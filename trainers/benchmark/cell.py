@@ -1,5 +1,6 @@
 """One cell of a benchmark: edit, evaluate, and keep what a reader of the results wants to see."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from modules.judging import Evaluation, Judge, evaluate_pools
 from modules.modes import Checkpoint, consecutive
 from trainers.benchmark.grid import Cell
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 NEW_TOKENS = 16  # of an answer that is kept for reading
 
@@ -47,13 +49,14 @@ def run_cell(
     Returns:
         `points`: an entry for each number of edits, with `edits`, `metrics` (as modules.metrics.summarise),
         `edit_seconds`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see `_read`; `memory` in
-        bytes: before and at the peak.
+        bytes: before and at the peak; `error`, where a run of several numbers of edits failed after the first of them.
     """
     judge, seed = cell.judging.judge(originals, cell.about["batch_size"]), cell.about["seed"]
     _read(Edited(backbone), cell.records[:shown], before := {})
+    failed: dict[str, str] = {}
     with held(backbone) as memory:
         if cell.mode in ("sequential", "consecutive"):
-            points, after = _consecutive(cell, editor, backbone, judge, seed, shown, tell)
+            points, after = _consecutive(cell, editor, backbone, judge, seed, shown, tell, failed)
         else:
             points, after = _at_once(cell, editor, backbone, judge, seed, shown, tell)
     answers = [
@@ -62,7 +65,12 @@ def run_cell(
         if at in after  # else it was not asked: another record of its pool would have made it ambiguous
         for record, kind, prompt, gold in [at]
     ]
-    return {"points": points, "answers": answers, "memory": {"before": memory.before, "peak": memory.peak}}
+    return {"points": points, "answers": answers, "memory": {"before": memory.before, "peak": memory.peak}} | failed
+
+
+def in_words(error: Exception) -> dict[str, str]:
+    """A failure as a result tells it."""
+    return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _at_once(
@@ -95,7 +103,9 @@ def _consecutive(
     seed: int,
     shown: int,
     tell: Progress,
+    failed: dict[str, str],
 ) -> tuple[list[dict[str, Any]], dict[Any, str]]:
+    """Points and answers; after a failure the points until then, and the failure in `failed`."""
     points: list[dict[str, Any]] = []
     after: dict[Any, str] = {}
 
@@ -103,18 +113,24 @@ def _consecutive(
         norms = {name: n._asdict() for name, n in reached.norms.items()}
         points.append(_point(reached.evaluation, reached.evaluation.pool_size, norms))
 
-    consecutive(
-        editor,
-        backbone,
-        cell.records,
-        cell.batch,
-        cell.edits,
-        judge,
-        seed,
-        progress=tell,
-        at_checkpoint=at,
-        at_end=lambda edited: _read(edited, cell.records[:shown], after),
-    )
+    try:
+        consecutive(
+            editor,
+            backbone,
+            cell.records,
+            cell.batch,
+            cell.edits,
+            judge,
+            seed,
+            progress=tell,
+            at_checkpoint=at,
+            at_end=lambda edited: _read(edited, cell.records[:shown], after),
+        )
+    except Exception as error:  # the numbers of edits that were reached may have taken hours
+        if not points:
+            raise
+        log.debug("%s failed after %d edits", cell.name, points[-1]["edits"], exc_info=True)
+        failed |= in_words(error)
     return points, after
 
 
@@ -125,6 +141,7 @@ def _point(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> dict[st
         "edit_seconds": evaluation.edit_seconds,
         "answer_seconds": evaluation.answer_seconds,
         "edited": evaluation.settings["edited"],
+        "requests": evaluation.settings["requests"],
         "settings": evaluation.settings,
         "norms": norms,
         "records": evaluation.records,

@@ -1,6 +1,6 @@
 """Figures of a benchmark: metrics over the number of edits, generality against locality, time and memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from modules.metrics import from_file
-from trainers.benchmark.tables import Result, metrics_of, peak, points, seconds_per_edit
+from trainers.benchmark.groups import Group, Result, apart, group_of
+from trainers.benchmark.tables import metrics_of, peak, points, seconds_per_edit
 from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
 from trainers.callbacks.figures import blank, open_axes
 
@@ -28,11 +29,15 @@ def write_figures(results: Sequence[Result], folder: Path) -> None:
 
 def over_number(results: Sequence[Result]) -> Figure | None:
     """A panel a metric: its value over the number of edits, an editor a colour, a mode a dash. Where an editor's edits
-    were also made in batches, single ones are the batch of one that its curve begins with."""
+    were also made in batches, single ones are the batch of one that its curve begins with. Runs of one mode share a
+    curve where it has one value at each number of edits."""
     at: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    names = _curves({group_of(result, point["edits"]): None for result, point in points(results)})
     batches = {result["editor"] for result, _ in points(results) if result["mode"] == "batch"}
+    begins = {"single", "batch"} <= set(names.values()) and ("batch", 1) not in {(g.mode, g.edits) for g in names}
     for result, point in points(results):
-        mode = "batch" if result["mode"] == "single" and result["editor"] in batches else result["mode"]
+        mode = names[group_of(result, point["edits"])]
+        mode = "batch" if begins and mode == "single" and result["editor"] in batches else mode
         at.setdefault((result["editor"], mode), []).append((point["edits"], point["metrics"]))
     stops = sorted({n for found in at.values() for n, _ in found})
     columns = metrics_of([m for found in at.values() for _, m in found])
@@ -45,7 +50,7 @@ def over_number(results: Sequence[Result]) -> Figure | None:
         for (editor, mode), found in at.items():
             colour, marker = look[editor]
             line = sorted((n, from_file(m[metric]["value"])) for n, m in found if metric in m)
-            style = DASHES[modes.index(mode)]
+            style = DASHES[modes.index(mode) % len(DASHES)]
             first = mode == next(m for e, m in at if e == editor)
             axes.plot(
                 *zip(*line, strict=True),
@@ -55,8 +60,8 @@ def over_number(results: Sequence[Result]) -> Figure | None:
                 markersize=3.5,
                 label=editor if first else f"_{editor} ({mode})",  # in no legend
             )
-        for mode, style in zip(modes if len(modes) > 1 else (), DASHES, strict=False):
-            axes.plot([], [], style, color="black", label=mode)
+        for i, mode in enumerate(modes if len(modes) > 1 else ()):
+            axes.plot([], [], DASHES[i % len(DASHES)], color="black", label=mode)
         axes.set(title=title, ylim=limits(metric))
         over_edits(axes, stops)
         axes.set_xlabel("edits")
@@ -64,27 +69,37 @@ def over_number(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
+def _curves(groups: Iterable[Group]) -> dict[Group, str]:
+    """The curve that each is a point of, by its mode and what tells it from another curve of that mode."""
+    found, every = {}, list(groups)
+    for group in every:
+        same = [other for other in every if other.mode == group.mode]
+        one = len({g.batch for g in same}) == 1 and len({g.edits for g in same}) == len(same)
+        found[group] = group.mode if one else group.mode + apart(group, same)
+    return found
+
+
 def trade(results: Sequence[Result]) -> Figure | None:
-    """Generality against locality: a point an editor, a panel a number of edits and mode."""
-    groups: dict[str, list[tuple[str, float, float]]] = {}
+    """Generality against locality: a point an editor, a panel a number of edits and run."""
+    groups: dict[Group, list[tuple[str, float, float]]] = {}
     names = ("generality", "locality")
     for result, point in points(results):
         general, local = (_first(point["metrics"], sorts) for sorts in TRADE)
         if general and local:
             names = (general[0], local[0])
-            groups.setdefault(f"{point['edits']}, {result['mode']}", []).append(
-                (result["editor"], general[1], local[1])
-            )
+            groups.setdefault(group_of(result, point["edits"]), []).append((result["editor"], general[1], local[1]))
     if not groups:
         return None
     figure = blank(3.2 * len(groups), 3.8)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     look = _looks(results)
-    for axes, (title, found) in zip(panels, groups.items(), strict=True):
+    for axes, (group, found) in zip(panels, groups.items(), strict=True):
+        alike = (other for other in groups if (other.mode, other.edits) == (group.mode, group.edits))
+        title = f"{group.edits}, {group.mode}" + apart(group, alike)
         for editor, generality, locality in found:
             colour, marker = look[editor]
             axes.plot([generality], [locality], marker, color=colour, label=editor, markersize=7)
-        axes.set(title=f"{title}", xlabel=names[0], ylabel=names[1], xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.set(title=title, xlabel=names[0], ylabel=names[1], xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         open_axes(axes)
     legend(figure, panels[0])
     return figure

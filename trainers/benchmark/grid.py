@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -87,7 +87,8 @@ class Benchmark:
         datasets: by the names that results are filed under.
         runs: modes and numbers of edits.
         out: the folder of results. What is finished there, of the same editor, weights, records and run, is kept.
-        workers: processes that take cells; on GPUs each has one of its own. 0: as many as there are GPUs, else 1.
+        workers: processes that take cells; with `device: auto` on GPUs each has one of its own, else all have the
+            device that is named. 0: as many as there are GPUs with `device: auto`, else 1.
         answers: of so many records of each cell, generated answers are kept for reading.
         only: run these cells alone, by patterns of their files' names (counterfact/batch-1000/*, */memit); none for an
             empty list. Tables, figures and answers are of all cells that are finished.
@@ -126,6 +127,9 @@ class Cell:
         judging: how answers are judged; `about` has it too.
         asked: of how many of the records; None: of all.
         queries_per_kind: how many of their queries the records were read with; they themselves tell the key.
+        files: hashes of the files that facts and judging name (`datamodules.files.hashes`). Neither they nor
+            `overrides` are of the key, since results of before do not tell the files: see `holds`.
+        overrides: of the backbone's config, as JSON values.
     """
 
     dataset: str
@@ -139,6 +143,8 @@ class Cell:
     judging: Judging = field(default_factory=Judging, repr=False)
     asked: int | None = None
     queries_per_kind: int | None = None
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    overrides: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -158,6 +164,15 @@ class Cell:
         told = [self.dataset, self.editor, self.mode, self.edits, self.batch, texts, self.facts, self.about]
         told += [] if self.asked is None else [self.asked]
         return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def holds(self, found: Mapping[str, Any]) -> bool:
+        """Whether what was read from the cell's file is of this setup; what a file does not tell is taken to be."""
+        files, backbone = found.get("files", {}), found.get("backbone", {})
+        return (
+            found["key"] == self.key()
+            and all(self.files.get(name) == told for name, told in files.items())
+            and backbone.get("overrides", self.overrides) == self.overrides
+        )
 
 
 def place(dataset: str, mode: Mode, edits: Sequence[int], batch: int, asked: int | None, editor: str) -> str:

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.files import hashes
 from datamodules.records import EditRecord
 from datamodules.sources import load
 from modules.backbone import Backbone
@@ -28,7 +29,7 @@ from modules.evaluation import Answers
 from modules.export import versions
 from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
-from trainers.benchmark.cell import run_cell
+from trainers.benchmark.cell import in_words, run_cell
 from trainers.benchmark.figures import write_figures
 from trainers.benchmark.grid import Benchmark, Cell, matching, spans
 from trainers.benchmark.tables import write_csv, write_tables
@@ -77,7 +78,8 @@ def run_benchmark(
     """Run what is not finished yet; write tables, figures and answers of everything.
 
     A finished cell is kept whatever code computed it, and says by which (`trainers.result_cache.code`). A cell that
-    fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again.
+    fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again;
+    until then it keeps the numbers of edits that it reached.
 
     Args:
         records: of each data set, see `records_of`.
@@ -130,8 +132,10 @@ def plan(
     batch_size: int,
 ) -> Iterator[Cell]:
     """All cells. Runs of fewer edits take the first ones of those with more."""
-    weights = weights_hash(backbone.model)
+    weights, overrides = weights_hash(backbone.model), json.loads(json.dumps(backbone.config.overrides))
+    files = {chosen.editor.name: hashes(chosen.facts) for chosen in editors}
     for name, dataset in benchmark.datasets.items():
+        judged_by = hashes(dataset.judging.told())
         asked = meeting_conditions(backbone, list(records[name]), batch_size)
         about = {"seed": seed, "batch_size": batch_size, "weights": weights, **dataset.judging.told()}
         if any(record.multi_hop for record in asked):
@@ -153,6 +157,8 @@ def plan(
                         dataset.judging,
                         run.asked,
                         dataset.queries_per_kind,
+                        files[chosen.editor.name] | judged_by,
+                        overrides,
                     )
 
 
@@ -166,7 +172,8 @@ def _results(
     task: Any,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """(cell, result) as cells end."""
-    workers = min(benchmark.workers or max(1, torch.cuda.device_count()), max(1, len(left)))
+    there_are = max(1, torch.cuda.device_count()) if specs.device == "auto" else 1
+    workers = min(benchmark.workers or there_are, max(1, len(left)))
     if workers == 1:
         known = {c.editor.name: c.editor for c in editors}
         originals = Answers(Edited(backbone))
@@ -199,10 +206,11 @@ def _in_worker(cell: Cell, answers: int) -> dict[str, Any]:
 
 def _safely(cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, tell: Any) -> dict[str, Any]:
     try:
-        return run_cell(cell, editor, backbone, originals, answers, tell)
+        found = run_cell(cell, editor, backbone, originals, answers, tell)
     except Exception as error:  # whatever one cell does, the others' hours of work go on
         log.debug("%s failed", cell.name, exc_info=True)
-        return {"error": f"{type(error).__name__}: {error}"}
+        found = in_words(error)
+    return found | {"hardware": hardware(backbone.device)}  # of this process, which may be a worker
 
 
 def _work(cell: Cell) -> int:
@@ -219,10 +227,12 @@ def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
         "mode": cell.mode,
         "batch": cell.batch,
         "edits": list(cell.edits),
+        "asked": cell.asked,
         "protocol": cell.about["protocol"],
         "queries_per_kind": cell.queries_per_kind,
         "seed": cell.about["seed"],
         "facts": cell.facts,
+        "files": cell.files,
         "backbone": asdict(backbone.config),
         "versions": versions(),
         "command": command_line(),
@@ -233,7 +243,7 @@ def _kept(cell: Cell, out: Path) -> dict[str, Any] | None:
     """The cell's result, or its failure, where it is there and of the same setup."""
     try:
         found = json.loads(cell.file(out).read_text(encoding="utf-8"))
-        same = found["key"] == cell.key()
-    except (OSError, ValueError, KeyError, TypeError):
+        same = cell.holds(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if same else None

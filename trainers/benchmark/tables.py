@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.fluency import CONSISTENCY, FLUENCY
 from modules.metrics import from_file
-from trainers.report import COLUMNS, UNRANKED, contradictions, write_text
+from trainers.benchmark.groups import Group, Result, apart, group_of, numbers
+from trainers.report import COLUMNS, CONSISTENCY_LEGEND, FLUENCY_LEGEND, UNRANKED, contradictions, write_text
 
+LEGENDS = ((FLUENCY, FLUENCY_LEGEND), (CONSISTENCY, CONSISTENCY_LEGEND))
 FIELDS: tuple[str, ...] = (
     "dataset",
     "mode",
     "batch",
     "edits",
+    "asked",
     "editor",
     "protocol",
     "metric",
@@ -26,11 +30,10 @@ FIELDS: tuple[str, ...] = (
     "peak_mib",
     "seed",
 )
-Result = Mapping[str, Any]
 
 
 def points(results: Sequence[Result]) -> Iterator[tuple[Result, dict[str, Any]]]:
-    """Every cell that did not fail, with each of its numbers of edits."""
+    """Every cell with each of the numbers of edits that it has figures of."""
     for result in results:
         for point in result.get("points", ()):
             yield result, point
@@ -45,6 +48,7 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
         line = {name: result[name] for name in ("dataset", "mode", "batch", "editor", "protocol", "seed")}
         line |= {
             "edits": point["edits"],
+            "asked": result.get("asked"),
             "seconds_per_edit": f"{seconds_per_edit(point):.6g}",
             "peak_mib": peak(result),
         }
@@ -57,9 +61,12 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
 
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
-    """tables.md and tables.tex: a table for each data set, mode and number of edits; the best of a column in bold."""
+    """tables.md and tables.tex: a table for each data set, run and number of edits; the best of a column in bold."""
     markdown, latex = [], []
     for title, heads, rows, notes in _tables(results):
+        if not rows:  # every cell failed
+            markdown.append("\n\n".join([f"## {title}", *notes]))
+            continue
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
         lines += [[name, *(f"**{text}**" if best else text for text, best in row)] for name, row in rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -70,7 +77,11 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 
 def seconds_per_edit(point: Mapping[str, Any]) -> float:
-    return point["edit_seconds"] / max(1, point["edited"])
+    """Of a single request: a record of MQuAKE holds several. Cells of before `requests` was counted tell them by the
+    records that were asked."""
+    edits = [r["requested_rewrite"] for r in point["records"] if "requests" not in point]
+    several = sum(len(edit) if isinstance(edit, list) else 1 for edit in edits) / max(1, len(edits))
+    return point["edit_seconds"] / max(1, point.get("requests", point["edited"] * max(1, several)))
 
 
 def peak(result: Result) -> int:
@@ -89,15 +100,24 @@ Row = tuple[str, list[tuple[str, bool]]]
 
 
 def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Row], list[str]]]:
-    """(title, heads, rows of (editor, cells of (text, is the best)), notes)."""
-    groups: dict[tuple[Any, ...], list[tuple[Result, dict[str, Any]]]] = {}
-    for result, point in points(results):
-        key = (result["dataset"], result["mode"], result["batch"], point["edits"])
-        groups.setdefault(key, []).append((result, point))
-    without = [r for r in results if "points" not in r]
-    for (dataset, mode, batch, edits), members in groups.items():
-        of = f"{edits} edits" if edits > 1 else "single edits"
-        how = mode + (f" by {batch}" if mode == "consecutive" else "")
+    """(title, heads, rows of (editor, cells of (text, is the best)), notes); no rows where every cell failed."""
+    groups: dict[Group, list[Result]] = {}
+    for result in results:
+        for edits in numbers(result):
+            groups.setdefault(group_of(result, edits), []).append(result)
+    for group, every in groups.items():
+        edits = group.edits
+        members = [(result, point) for result, point in points(every) if point["edits"] == edits]
+        lacking = [r for r in every if all(p["edits"] != edits for p in r.get("points", ()))]
+        missing = [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
+        if not members and not missing:
+            continue
+        if left := [r["editor"] for r in lacking if "error" not in r]:
+            missing.append(f"Not run yet: {', '.join(left)}.")
+        title = _title(group) + apart(group, (g for g in groups if _title(g) == _title(group)))
+        if not members:
+            yield title, [], [], missing
+            continue
         columns = metrics_of([point["metrics"] for _, point in members])
         best = {
             metric: max(
@@ -125,20 +145,17 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         }
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
+        notes += [text.strip() for metric, text in LEGENDS if any(metric == shown for shown, _ in columns)]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
         notes += _kept([r for r, _ in members])
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
-        lacking = [
-            r
-            for r in without
-            if (r["dataset"], r["mode"], r["batch"]) == (dataset, mode, batch)
-            and (mode != "batch" or edits in r["edits"])
-        ]
-        notes += [f"{r['editor']} failed: {r['error']}" for r in lacking if "error" in r]
-        if left := [r["editor"] for r in lacking if "error" not in r]:
-            notes.append(f"Not run yet: {', '.join(left)}.")
         heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
-        yield f"{dataset}, {how}, {of}", heads, rows, notes
+        yield title, heads, rows, notes + missing
+
+
+def _title(group: Group) -> str:
+    how = group.mode + (f" by {group.batch}" if group.mode == "consecutive" else "")
+    return f"{group.dataset}, {how}, " + (f"{group.edits} edits" if group.edits > 1 else "single edits")
 
 
 def _kept(members: Sequence[Result]) -> list[str]:

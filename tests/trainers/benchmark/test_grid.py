@@ -62,3 +62,15 @@ def test_a_cell_is_known_by_all_that_its_result_hangs_on(records: list[EditRecor
     keys = {c.key() for c in changed}
     assert len(keys) == len(changed)
     assert one.key() not in keys
+
+
+def test_a_cell_is_not_finished_where_a_file_or_the_backbones_config_is_another(records: list[EditRecord]) -> None:
+    one = replace(cell(records), files={"shown.json": "1a"}, overrides={"rope_theta": 5})
+    assert one.key() == cell(records).key()
+    told = {"key": one.key(), "files": {"shown.json": "1a"}, "backbone": {"overrides": {"rope_theta": 5}}}
+    assert one.holds(told)
+    assert one.holds({"key": one.key()})  # results of before tell neither
+    assert not one.holds(told | {"key": "x"})
+    assert not one.holds(told | {"files": {"shown.json": "2b"}})
+    assert not one.holds(told | {"files": {"other.json": "1a"}})
+    assert not one.holds(told | {"backbone": {"overrides": {}}})

@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from modules.backbone import BackboneConfig
+from modules.editor import Editor
 from trainers import evaluate as evaluate_command
+from trainers import workers
+from trainers.benchmark import cell as benchmark_cell
 from trainers.benchmark import run as benchmark_run
 from trainers.command import run
 from trainers.evaluate import evaluate
 from trainers.result_cache import code
-from trainers.workers import Specs, spread
+from trainers.workers import Specs, nth_device, spread
 
 FACTS = {"format": "facts", "options": {"split": "test"}}
 
@@ -88,7 +92,7 @@ def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
-    told = {k: v for k, v in result.items() if k not in ("memory", "command", "date")}
+    told = {k: v for k, v in result.items() if k not in ("memory", "command", "date", "hardware")}
     told["points"] = [{k: v for k, v in p.items() if not k.endswith("_seconds")} for p in result["points"]]
     return told
 
@@ -202,6 +206,39 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     assert "failed" not in (tmp_path / "out" / "tables.md").read_text()
 
 
+def test_a_run_that_fails_late_keeps_what_it_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = benchmark_cell.consecutive
+    told = iter((2, 2))  # records edited, and evaluated
+
+    def fails(editor: Editor, *rest: Any, **named: Any) -> Any:
+        def progress(_: int) -> None:
+            if editor.name == "ft_m" and next(told, None) is None:
+                raise RuntimeError("out of luck")
+
+        return real(editor, *rest, **named | {"progress": progress})
+
+    monkeypatch.setattr(benchmark_cell, "consecutive", fails)
+    file = config(tmp_path)
+    run(evaluate, [f"--config={file}", "--benchmark.only=['*/consecutive-*']"])
+    found = cells(tmp_path)["facts/consecutive-2-4-by2/ft_m.json"]
+    assert [p["edits"] for p in found["points"]] == [2]
+    assert found["error"] == "RuntimeError: out of luck"
+    assert found["memory"]["peak"]
+    tables = (tmp_path / "out" / "tables.md").read_text().split("## ")
+    two, four = (next(t for t in tables if t.startswith(f"facts, consecutive by 2, {n} edits")) for n in (2, 4))
+    assert "| ft_m | " in two
+    assert "failed" not in two
+    assert "| ft_m | " not in four
+    assert "ft_m failed: RuntimeError: out of luck" in four
+    monkeypatch.setattr(benchmark_cell, "consecutive", real)
+    capsys.readouterr()
+    run(evaluate, [f"--config={file}", "--benchmark.only=['*/consecutive-*']"])
+    assert "1 of 11 cells are finished" in capsys.readouterr().out  # the failed one is tried again
+    assert [p["edits"] for p in cells(tmp_path)["facts/consecutive-2-4-by2/ft_m.json"]["points"]] == [2, 4]
+
+
 def test_a_worker_that_is_killed_loses_its_cell_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nudge = {"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}
     (tmp_path / "nudge.yaml").write_text(yaml.safe_dump(nudge))
@@ -223,6 +260,47 @@ def test_a_worker_that_is_killed_loses_its_cell_alone(tmp_path: Path, capsys: py
     assert len(found) == 8
     assert capsys.readouterr().out.count("killer: its process was killed (out of memory?") == 2
     assert "killer failed: its process was killed" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_each_cell_says_what_its_process_ran_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = {"hardware": "a worker's", "points": []}
+    monkeypatch.setattr(benchmark_run, "spread", lambda _, cells, *__: ((c, there) for c in cells))
+    monkeypatch.setattr(benchmark_run, "write_figures", lambda *_: None)
+    run(evaluate, [f"--config={config(tmp_path)}", "--benchmark.workers=2"])
+    assert {cell["hardware"] for cell in cells(tmp_path).values()} == {"a worker's"}
+
+
+def test_workers_are_on_the_device_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [nth_device(n) for n in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [nth_device(n, "cpu") for n in range(2)] == ["cpu", "cpu"]
+    assert nth_device(1, "cuda:3") == "cuda:3"
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(workers, "build", lambda _, device: (device, []))
+    monkeypatch.setattr(workers, "_mine", {})
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for device in ("cuda:3", "cpu"):
+        workers.prepare(Specs(None, ()), device, 1)
+    assert chosen == [torch.device("cuda:3")]
+
+
+def test_threads_are_shared_out_of_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Pool:
+        def __init__(self, *given: Any) -> None:
+            asked.append(given[3])
+            raise RuntimeError("seen")
+
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    specs = Specs(None, (), device="cpu")
+    with pytest.raises(RuntimeError, match="seen"):
+        next(spread(str, [1, 2], specs, 2))
+    assert asked == [(specs, "cpu", 3)]
 
 
 def test_workers_that_cannot_be_built_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from modules.fluency import FLUENCY
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.figures import cost, over_number, trade, write_figures
 from trainers.benchmark.tables import FIELDS, write_csv, write_tables
@@ -105,6 +106,14 @@ def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:
     assert "rome\\_x & \\textbf{90.0 (80-100)}" in latex
 
 
+def test_seconds_are_of_a_request(tmp_path: Path) -> None:
+    told, asked = point(4, 0.9, 0.4, 0.8) | {"requests": 16}, [{"requested_rewrite": n * [{}]} for n in (1, 3)]
+    old = point(4, 0.9, 0.4, 0.8) | {"records": asked}  # two of four records asked, of two edits each
+    write_tables([result("rome", [told]), result("memit", [old])], tmp_path)
+    rows = [line.split(" | ") for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("| ")]
+    assert {row[0].strip("| "): row[4] for row in rows[2:]} == {"rome": "0.50", "memit": "1.00"}
+
+
 def test_records_are_counted_of_what_is_shown(tmp_path: Path) -> None:
     one = result("rome_x", [point(1, 0.9, 0.4, 0.8)])
     metrics = one["points"][0]["metrics"]
@@ -139,6 +148,70 @@ def test_tables_say_whose_seconds_lack_the_search_of_values(tmp_path: Path) -> N
     assert [line.rpartition(": ")[2] for line in lines if "found once" in line] == ["memit."]
     write_tables(some[1:], tmp_path)
     assert "found once" not in (tmp_path / "tables.md").read_text()
+
+
+def test_fluency_is_no_percent(tmp_path: Path) -> None:
+    one = point(1, 0.9, 0.4, 0.8)
+    one["metrics"] = {FLUENCY: {"value": 6.2, "ci": [6.1, 6.3], "records": 4}}
+    write_tables([result("rome", [one])], tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "| rome | 620.0 (610-630) |" in text
+    assert "GE: entropy of the bigrams and trigrams of greedy texts, in hundredths of bits" in text
+    assert "RS:" not in text
+    write_tables(results(), tmp_path)
+    assert "GE:" not in (tmp_path / "tables.md").read_text()
+
+
+def test_failures_are_told_where_every_cell_failed(tmp_path: Path) -> None:
+    failed = [result("rome", [point(100, 0, 0, 0)]), result("ft", [], mode="consecutive", batch=8, edits=[10, 20])]
+    for one in failed:
+        del one["points"]
+        one["error"] = "ValueError: too long"
+    left = {**failed[0], "editor": "kn"}
+    del left["error"]
+    write_tables([*failed, left], tmp_path)
+    first, *others = (tmp_path / "tables.md").read_text().split("## ")[1:]
+    assert first.splitlines()[::2] == [
+        "facts, batch, 100 edits",
+        "rome failed: ValueError: too long",
+        "Not run yet: kn.",
+    ]
+    assert [t.partition("\n")[0] for t in others] == [f"facts, consecutive by 8, {n} edits" for n in (16, 20)]
+    assert all("ft failed: ValueError: too long" in text for text in others)
+    assert "tabular" not in (tmp_path / "tables.tex").read_text()
+
+
+def test_runs_that_differ_are_not_put_together(tmp_path: Path) -> None:
+    some = [
+        result("rome", [point(100, 0.9, 0.4, 0.8)]),
+        result("rome", [point(100, 0.5, 0.4, 0.8)], asked=20),
+        result("rome", [point(1, 0.4, 0.4, 0.8)], mode="single", edits=[50]),
+        result("rome", [point(1, 0.3, 0.4, 0.8)], mode="single", edits=[20]),
+        result("rome", [point(10, 0.2, 0.4, 0.8)], mode="consecutive", batch=5),
+        result("rome", [point(10, 0.1, 0.4, 0.8)], mode="consecutive", batch=10),
+    ]
+    write_tables(some, tmp_path)
+    titles = [line[3:] for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("## ")]
+    assert titles == [
+        "facts, batch, 100 edits, all asked",
+        "facts, batch, 100 edits, 20 asked",
+        "facts, single, single edits, run of 50 records",
+        "facts, single, single edits, run of 20 records",
+        "facts, consecutive by 5, 10 edits",
+        "facts, consecutive by 10, 10 edits",
+    ]
+    over, between = over_number(some), trade(some)
+    assert over is not None
+    assert between is not None
+    drawn = [list(line.get_ydata()) for line in over.axes[0].lines]
+    assert [line for line in drawn if line] == [[0.9], [0.5], [0.4], [0.3], [0.2], [0.1]]
+    assert [axes.get_title() for axes in between.axes][:2] == ["100, batch, all asked", "100, batch, 20 asked"]
+    assert [axes.get_title() for axes in between.axes][4:] == ["10, consecutive, by 5", "10, consecutive, by 10"]
+    write_csv(some, tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open() as file:
+        assert [line["asked"] for line in csv.DictReader(file)][:6] == 3 * [""] + 3 * ["20"]
+    write_answers(some, tmp_path / "a.html")
+    assert "<h2>facts, batch, 100 edits, 20 asked</h2>" in (tmp_path / "a.html").read_text()
 
 
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
