@@ -3,7 +3,7 @@
 import gzip
 import os
 from collections.abc import Mapping
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,8 @@ def hashes(values: Any) -> dict[str, str]:
         return {}
     if there is None or not there.is_file():
         return {}
-    digest = sha256()
     with gzip.open(there) if there.suffix == ".gz" else there.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return {values: digest.hexdigest()}
+        return {values: file_digest(file, "sha256").hexdigest()}
 
 
 def _places() -> list[Path]:

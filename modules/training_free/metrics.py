@@ -18,9 +18,9 @@ from modules.training_free.second_moments import (
     used_file,
 )
 
-# of each model: what its weights were known by, and its metrics by kind and file. All editors have them in common: a
+# of each model: what its weights were known by, and its metrics by kind and layer. All editors have them in common: a
 # factor in float64 has 2.9 GB for a layer of Qwen2.5-7B
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Metric]]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[tuple[str, str], Metric]]] = WeakKeyDictionary()
 
 
 def forget(model: nn.Module) -> None:
@@ -37,34 +37,30 @@ class Metrics:
 
     def inverse(self, backbone: Backbone, layers: Sequence[str], progress: Progress | None = None) -> list[Metric]:
         """C^-1 of each layer; the identity where no moments are wanted."""
-        moments = self.moments
-        if moments is None:
+        if self.moments is None:
             return [Identity() for _ in layers]
-        known = _known(backbone)
-        keys = {name: f"inverse of {moments.file(backbone, name)}" for name in layers}
-        files = counted(backbone, [n for n in layers if keys[n] not in known], moments, progress or bar())
-        for name, file in files.items():
-            known[keys[name]] = Inverse(read_moments(file, backbone.device), name)
-        return [known[keys[n]] for n in layers]
+        known, kind = _known(backbone), f"inverse of {self.moments}"
+        missing = [name for name in layers if (kind, name) not in known]
+        for name, file in counted(backbone, missing, self.moments, progress or bar()).items():
+            known[kind, name] = Inverse(read_moments(file, backbone.device), name)
+        return [known[kind, name] for name in layers]
 
     def projection(self, backbone: Backbone, layers: Sequence[str], threshold: float, relative: bool) -> list[Metric]:
         """P of each layer; `ranks` tells how many directions it leaves."""
         moments = self.moments
         assert moments is not None
-        known = _known(backbone)
-        files = {name: used_file(backbone, name, moments, threshold, relative) for name in layers}
-        missing = [n for n in layers if f"projection of {files[n]}" not in known]
-        counted(backbone, [n for n in missing if not files[n].is_file()], moments, bar())  # of all in one go
+        known, kind = _known(backbone), f"projection of {moments} by {threshold}, relative {relative}"
+        missing = [name for name in layers if (kind, name) not in known]
+        files = {name: used_file(backbone, name, moments, threshold, relative) for name in missing}
+        counted(backbone, [n for n, file in files.items() if not file.is_file()], moments, bar())  # of all in one go
         for name in missing:
-            known[f"projection of {files[name]}"] = Projection(
-                null_space(backbone, name, moments, threshold, relative)[0]
-            )
-        found = [known[f"projection of {files[n]}"] for n in layers]
+            known[kind, name] = Projection(null_space(backbone, name, moments, threshold, relative)[0])
+        found = [known[kind, name] for name in layers]
         self.ranks |= {n: p.rank for n, p in zip(layers, found, strict=True) if isinstance(p, Projection)}
         return found
 
 
-def _known(backbone: Backbone) -> dict[str, Metric]:
+def _known(backbone: Backbone) -> dict[tuple[str, str], Metric]:
     """What is known of a model with the weights that it has now, where it is now."""
     mark = f"{fingerprint(backbone.model)} on {backbone.device}"
     if _KNOWN.get(backbone.model, ("", {}))[0] != mark:

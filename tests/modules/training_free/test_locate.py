@@ -18,8 +18,7 @@ from modules.interventions import Deltas, linear
 from modules.training_free import EMMET, MEMIT, PMET, ROME, RROME, AlphaEdit
 from modules.training_free.closed_form import automatic_weight
 from modules.training_free.locate import LocateEditor
-from modules.training_free.metrics import _known
-from modules.training_free.second_moments import Moments, second_moments, used_file
+from modules.training_free.second_moments import Moments, second_moments
 from modules.training_free.subject import row, subject_states
 from modules.training_free.templates import Contexts
 from modules.training_free.value_options import ValueOptions
@@ -369,11 +368,11 @@ def test_alphaedit_keeps_ordinary_inputs_and_earlier_edits(
     build: Callable[..., LocateEditor], tiny: Callable[..., Backbone], requests: list[EditRequest]
 ) -> None:
     backbone, editor = tiny(), build("alphaedit")
-    settings: Any = editor.metrics.moments, editor.threshold, editor.relative  # type: ignore[attr-defined]
+    settings: Any = editor.threshold, editor.relative  # type: ignore[attr-defined]
     with editor.edit(backbone, requests[:2]) as first, first.edit(requests[2:]) as both:
         assert {n: tuple(m.shape) for n, m in both.memory.items()} == dict.fromkeys(editor.names(backbone), (4, 48))
         for name in editor.names(backbone):
-            metric: Any = _known(backbone)[f"projection of {used_file(backbone, name, *settings)}"]
+            (metric,) = editor.metrics.projection(backbone, [name], *settings)  # type: ignore[attr-defined]
             assert 0 < editor.metrics.ranks[name] < 48  # type: ignore[attr-defined]
             torch.testing.assert_close(
                 metric.basis.T.float() @ change(both, name), torch.zeros(metric.basis.shape[1], 32), atol=1e-4, rtol=0
