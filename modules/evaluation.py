@@ -13,7 +13,7 @@ from datamodules.readers.mquake import HOP, conflicting
 from datamodules.records import EditRecord, Query
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor, TargetScore
-from modules.judging import Case, Evaluation, Judge, evaluate_pools, now, rewrite, split_pools, thinned
+from modules.judging import Case, Evaluation, Judge, evaluate_pools, rewrite, split_pools, thinned
 from modules.metrics import PROTOCOLS, record_values, summarise, token_agreement
 from modules.metrics import exact_match as is_exact_match
 
@@ -25,7 +25,6 @@ __all__ = [
     "evaluate",
     "evaluate_pool",
     "fewer_queries",
-    "now",
     "questions",
     "scored_answers",
     "split_pools",

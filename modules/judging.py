@@ -4,18 +4,16 @@ A protocol is a `Judge`. How records are edited is not its affair: pools of them
 (`evaluate_pools`), or batch after batch on top of one another (modules/modes.py).
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
+from modules.meter import Meter, now
 
 Make = Callable[[Sequence[EditRequest]], AbstractContextManager[Edited]]
 
@@ -54,6 +52,8 @@ class Evaluation:
         records: per-record results; their shape is the protocol's.
         aggregates: metric -> {value, ci, records}, see `modules.metrics.summarise`.
         edit_seconds: spent on making the edits, over all pools.
+        edit_bytes: the most memory that making the edits of one pool took above what was held before, see
+            `modules.meter.Meter`.
         answer_seconds: spent on the edited model's answers, over all pools.
         settings: the protocol, how it was measured, how many records were `edited` by how many `requests`, how many
             records and queries were left out, and how many records' edits conflict with another's
@@ -66,6 +66,7 @@ class Evaluation:
     records: list[dict[str, Any]]
     aggregates: dict[str, dict[str, Any]]
     edit_seconds: float
+    edit_bytes: int
     answer_seconds: float
     settings: dict[str, Any]
 
@@ -164,7 +165,7 @@ def evaluate_pools(
     judged = [first_asked(judge.cases(pool), asked) for pool in pools]
     refuse_unasked([case for cases in judged for case in cases])
     results: list[dict[str, Any]] = []
-    edit_seconds = answer_seconds = 0.0
+    editing, answer_seconds = Meter(backbone), 0.0
     queries = context_tokens = 0
     for cases in judged:
         judge.ask_unedited([case for case in cases if case.asked])
@@ -172,12 +173,12 @@ def evaluate_pools(
             requests = [request for case in group for request in case.record.requests]
             if those := [case for case in group if case.asked]:
                 prompts = judge.prompts(those)
-                start = now(backbone)
-                with editor.edit(backbone, requests) as edited:
+                with ExitStack() as stack:
+                    with editing.running():
+                        edited = stack.enter_context(editor.edit(backbone, requests))
                     ready = now(backbone)
                     found = judge.ask(edited, those)
                     answer_seconds += now(backbone) - ready
-                    edit_seconds += ready - start
                     queries += len(prompts)
                     context_tokens += sum(edited.context_tokens(prompts)) if prompts else 0
                     if look:
@@ -201,7 +202,9 @@ def evaluate_pools(
     if queries:
         settings |= {"queries": queries, "context_tokens": context_tokens / queries}
     aggregates = judge.summary(results, seed)
-    return Evaluation(editor.name, len(pools[0]), results, aggregates, edit_seconds, answer_seconds, settings)
+    return Evaluation(
+        editor.name, len(pools[0]), results, aggregates, editing.seconds, editing.peak, answer_seconds, settings
+    )
 
 
 def first_asked(cases: Sequence[Case], count: int | None) -> list[Case]:
@@ -287,13 +290,6 @@ def rewrite(record: EditRecord) -> dict[str, Any] | list[dict[str, Any]]:
         for request in record.requests
     ]
     return rewrites[0] if len(rewrites) == 1 else rewrites
-
-
-def now(backbone: Backbone) -> float:
-    """A clock in seconds that waits for the device's queue."""
-    if backbone.device.type == "cuda":
-        torch.cuda.synchronize(backbone.device)
-    return time.perf_counter()
 
 
 def _maker(editor: Editor, backbone: Backbone, requests: Sequence[EditRequest]) -> Make:

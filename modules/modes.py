@@ -17,7 +17,8 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, TokenAccuracy
 from modules.interventions import LowRank, linear
-from modules.judging import Evaluation, Judge, Make, conflicting_edits, now, refuse_unasked, settings_of
+from modules.judging import Evaluation, Judge, Make, conflicting_edits, refuse_unasked, settings_of
+from modules.meter import Meter, now
 
 
 class Norms(NamedTuple):
@@ -37,7 +38,7 @@ class Checkpoint:
 
     Attributes:
         evaluation: of all records edited so far, whose number is its `pool_size`; seconds and `queries` are counted
-            from the start, `context_tokens` at this checkpoint.
+            from the start, `edit_bytes` are the most of any batch, `context_tokens` at this checkpoint.
         first: aggregates over the records of the first checkpoint alone: what later edits leave of the earliest.
         norms: of each edited matrix by name; empty where the editor changes none.
     """
@@ -88,21 +89,19 @@ def consecutive(
     refuse_unasked(cases)
     judge.ask_unedited([case for case in cases if case.asked])
     found: list[Checkpoint] = []
-    edit_seconds = answer_seconds = 0.0
+    editing, answer_seconds = Meter(backbone), 0.0
     queries = 0
     edited: Edited | None = None
     with ExitStack() as stack:
         for at in range(0, len(records), batch):
             requests = [request for record in records[at : at + batch] for request in record.requests]
-            start = now(backbone)
-            edited = on_top(stack, editor, backbone, edited, requests)
-            ready = now(backbone)
-            edit_seconds += ready - start
+            with editing.running():
+                edited = on_top(stack, editor, backbone, edited, requests)
             done = min(at + batch, len(records))
             _tell(progress, done - at)
             if done not in stops:
                 continue
-            asked = [case for case in cases[:done] if case.asked]
+            asked, ready = [case for case in cases[:done] if case.asked], now(backbone)
             results = judge.results(judge.ask(edited, asked), _not_anew(editor)) if asked else []
             answer_seconds += now(backbone) - ready
             settings = settings_of(judge, cases[:done], results, seed) | {"batch": batch}
@@ -112,7 +111,8 @@ def consecutive(
                 tokens = sum(edited.context_tokens(prompts)) / len(prompts)
                 settings |= {"queries": queries, "context_tokens": tokens}
             aggregates = judge.summary(results, seed)
-            evaluation = Evaluation(editor.name, done, results, aggregates, edit_seconds, answer_seconds, settings)
+            cost = (editing.seconds, editing.peak, answer_seconds)
+            evaluation = Evaluation(editor.name, done, results, aggregates, *cost, settings)
             first = judge.summary(results[: sum(case.asked for case in cases[: stops[0]])], seed)
             found.append(Checkpoint(evaluation, first, norms(backbone, edited.weight_changes())))
             _tell(progress, done)

@@ -158,7 +158,8 @@ def new_report(
 
 def add_evaluation(report: Report, evaluation: Evaluation) -> None:
     """Put one editor's results at one pool size into the report."""
-    run = {"edit_seconds": evaluation.edit_seconds, "answer_seconds": evaluation.answer_seconds}
+    run: dict[str, Any] = {"edit_seconds": evaluation.edit_seconds, "edit_bytes": evaluation.edit_bytes}
+    run |= {"answer_seconds": evaluation.answer_seconds}
     queries = evaluation.settings.get("queries")
     if queries and not evaluation.settings.get("fluency"):  # writing takes most of the time, and asks no query
         run["answer_seconds_per_query"] = evaluation.answer_seconds / queries

@@ -1,6 +1,7 @@
-"""Speed of InComeS against in-context learning: `python -m trainers.speed --editor DIR --data ... --edits 100,1000`.
+"""What edits cost: `python -m trainers.speed --editor DIR --editor memit --data ... --edits 100,1000`.
 
-The paper's tables 4 and 5 and figure 3: seconds to encode edits and to decode under them, memory, and accuracy.
+Seconds to make so many edits and to decode under them, memory, and accuracy. Of InComeS against in-context learning
+these are the paper's tables 4 and 5 and figure 3.
 """
 
 from collections.abc import Sequence
@@ -17,27 +18,25 @@ from rich.table import Table
 from datamodules.records import EditRecord, EditRequest
 from datamodules.sources import Source
 from datamodules.tokens import encode
-from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.backbone import Backbone, BackboneConfig
 from modules.editor import Edited, Editor
-from modules.evaluation import now
-from modules.export import load_editor, versions
-from modules.gist.analysis_speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
-from modules.training_free.icl import InContext, Unedited
-from trainers.analyse import distinct, refuse_others
-from trainers.benchmark.cell import held
-from trainers.callbacks.gist_drawing import speed_figure
+from modules.export import versions
+from modules.meter import Meter
+from modules.speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
+from trainers.analyse import distinct
+from trainers.callbacks.speed_drawing import speed_figure
 from trainers.command import run
+from trainers.editors import Spec
 from trainers.evaluation_run import bar
 from trainers.report import check_folder, command_line, hardware, write_json, write_text
-from trainers.workers import device_named
+from trainers.workers import BASELINES, Specs, build, wanted_of
 
-BASELINES: dict[str, type[Editor]] = {e.name: e for e in (InContext, Unedited)}
 ENOUGH = 20.0  # seconds of encoding after which it is not repeated
 
 
 def speed(
-    editor: str,
     data: list[Source],
+    editor: list[Spec] | None = None,
     baselines: list[str] | None = None,
     backbone: BackboneConfig | None = None,
     edits: list[int] | None = None,
@@ -49,15 +48,17 @@ def speed(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Measure encoding, decoding, memory and accuracy of an exported InComeS and of baselines, over numbers of edits.
+    """Measure encoding, decoding, memory and accuracy of editors and baselines, over numbers of edits made at once.
 
     Args:
-        editor: a folder written by trainers.export, of InComeS.
         data: where the records come from: [{format: FORMAT, path: FILE, ...}, ...]; --data.help says which. More edits
             than there are records are made up of theirs.
-        baselines: icl, unedited; by default icl.
-        backbone: what the baselines run on, as --backbone.source NAME; by default the exported editor's model.
-        edits: how many edits stand at once; by default 100, 200, 500, 1000. Where there are
+        editor: as of trainers.evaluate: folders written by trainers.export, and training-free editors by name, by a
+            file's path, or as a mapping with changes.
+        baselines: unedited, icl; by default icl.
+        backbone: what training-free editors and baselines run on, as --backbone.source NAME; by default the first
+            exported editor's.
+        edits: how many edits are made at once; by default 100, 200, 500, 1000. Where there are
             fewer records than that, time and memory alone.
         queries: so many are decoded, and of so many records accuracy is measured.
         new_tokens: tokens of an answer.
@@ -67,53 +68,51 @@ def speed(
         seed: draws the records.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
     """
-    names = ["icl"] if baselines is None else baselines
-    wrong = sorted(set(names) - set(BASELINES))
-    if wrong:
-        raise ValueError(f"--baselines: unknown baseline {wrong[0]!r}; there are: {', '.join(BASELINES)}")
+    specs = Specs(backbone, tuple(editor or ()), ("icl",) if baselines is None else tuple(baselines), device)
+    wanted = wanted_of(specs)
+    if alone := [name for name in specs.baselines if BASELINES[name].own_edit_only]:
+        raise ValueError(f"--baselines: {alone[0]!r} is given each record's own edit, so many edits cost it nothing")
+    if not (wanted or specs.baselines):
+        raise ValueError("nothing to measure: give --editor, or --baselines")
     sizes = sorted(set(edits or (100, 200, 500, 1000)))
     if min(*sizes, queries, repeats, batch_size) < 1 or new_tokens < 2:
         raise ValueError(
             f"--edits {sizes}, --queries {queries}, --repeats {repeats}, --batch_size {batch_size} must be at least 1, "
             f"--new_tokens {new_tokens} 2"
         )
-    refuse_others(editor)
-    place = device_named(device)
     check_folder(Path(out), "--out")
     records = distinct(data, sizes[-1], seed)
     requests = made_up([r.request for r in records], sizes[-1], seed)
-    trained = load_editor(editor)
-    trained.to(place)
-    model = load_backbone(backbone) if backbone else trained.reader
-    model.model.to(place)  # type: ignore[arg-type]
-    measured: list[tuple[Editor, Backbone]] = [(trained, trained.reader)]
-    measured += [(BASELINES[name](), model) for name in names]
+    model, chosen = build(specs)
+    measured = [one.editor for one in [*chosen[len(specs.baselines) :], *chosen[: len(specs.baselines)]]]
     rows: list[Measured] = []
     folder, console = Path(out), Console()
     about = {
         "command": command_line(),
-        "editor": str(editor),
+        "editors": {one.editor.name: one.facts for one in chosen},
         "data": "; ".join(s.name for s in data),
         "records": len(records),
         "edit_tokens": _tokens(model, requests),
         "seed": seed,
         "queries": queries,
         "new_tokens": new_tokens,
-        "device": hardware(place),
+        "backbone": asdict(model.config),
+        "device": hardware(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.model.dtype),
         "versions": versions(),
     }
     with bar(console, enabled=True) as shown:
         task = shown.add_task("", total=len(sizes) * len(measured))
-        for one, on in measured:
-            measure(one, on, requests[:2], records[:1], True, 2, 1)  # what only the first pass pays
+        for one in measured:
+            shown.update(task, description=f"{one.name}, warming up")
+            measure(one, model, requests[:2], records[:1], True, 2, 1)  # what only the first pass pays
         for size in sizes:
-            for one, on in measured:
+            for one in measured:
                 shown.update(task, description=f"{one.name}, {size} edits")
                 asked = records[:size][:queries]
                 own = size <= len(records)
-                rows.append(measure(one, on, requests[:size], asked, not own, new_tokens, repeats, batch_size))
+                rows.append(measure(one, model, requests[:size], asked, not own, new_tokens, repeats, batch_size))
                 write_json(folder / "speed.json", {"meta": about, "rows": [asdict(r) for r in rows]})
                 shown.advance(task)
     write_text(folder / "speed.md", markdown(rows))
@@ -132,23 +131,27 @@ def measure(
     repeats: int = 3,
     batch_size: int = 4,
 ) -> Measured:
-    """One editor under these edits. What does not fit the context window, or the GPU, is a row that says so.
+    """One editor under these edits. Where it cannot be (the context window, the GPU's memory, edits that lack what the
+    method needs), the row says why.
 
     Args:
         records: whose edits' prompts are decoded, and whose prompts and rephrases are scored.
     """
     prompts = [r.request.prompt or r.request.statement for r in records]
     try:
-        with held(backbone, every=0.01) as memory, ExitStack() as stack:
-            edited, seconds = _encode(stack, editor, backbone, requests)
+        meter, encoding = Meter(backbone, every=0.01), Meter(backbone)
+        with ExitStack() as stack:
+            with meter.running():
+                edited = _encode(stack, editor, backbone, requests, encoding)
+                decoded = decoding(edited, prompts, new_tokens)
             kept = state_bytes(edited)
-            decoded = decoding(edited, prompts, new_tokens)
-        spent = [seconds]
+        spent = [encoding.seconds]
         while len(spent) < repeats and sum(spent) < ENOUGH:
             with ExitStack() as stack:
-                spent.append(_encode(stack, editor, backbone, requests)[1])
+                _encode(stack, editor, backbone, requests, again := Meter(backbone))
+            spent.append(again.seconds)
         scores = {} if is_made_up else _accuracies(editor, backbone, requests, records, batch_size)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
         return Measured(editor.name, len(requests), is_made_up, error=str(error).split("\n")[0])
     return Measured(
         editor.name,
@@ -158,20 +161,20 @@ def measure(
         prompt_seconds=decoded.prompt,
         token_seconds=decoded.token,
         state_bytes=kept,
-        peak_bytes=memory.peak - memory.before,
+        peak_bytes=meter.peak,
         reliability=scores.get("reliability"),
         generality=scores.get("generality"),
     )
 
 
 def _encode(
-    stack: ExitStack, editor: Editor, backbone: Backbone, requests: Sequence[EditRequest]
-) -> tuple[Edited, float]:
-    """Edit for as long as the stack lasts; seconds from the edits' text to a model that is ready for a query."""
-    start = now(backbone)
-    edited = stack.enter_context(editor.edit(backbone, requests))
-    prefill(edited)
-    return edited, now(backbone) - start
+    stack: ExitStack, editor: Editor, backbone: Backbone, requests: Sequence[EditRequest], meter: Meter
+) -> Edited:
+    """Edit for as long as the stack lasts; the meter has what it takes from edits to a model ready for a query."""
+    with meter.running():
+        edited = stack.enter_context(editor.edit(backbone, requests))
+        prefill(edited)
+    return edited
 
 
 def _accuracies(
@@ -204,9 +207,10 @@ HEADS = (
     "Gen.",
 )
 LEGEND = (
-    "Encoding: from text to a model that is ready for queries; prompt: to read a query and give its first token; a "
-    "token: each one after it, a query at a time. State: what is kept of the edits; peak: memory above what was held "
-    "before. Percent of tokens, teacher-forced. * edits made up of the records', for time and memory alone."
+    "Encoding: from edits to a model that is ready for queries; prompt: to read a query and give its first token, with "
+    "all that is done for a query first; a token: each one after it, a query at a time. State: what is kept of the "
+    "edits; peak: memory of encoding and decoding above what was held before. Percent of tokens, teacher-forced. "
+    "* edits made up of the records', for time and memory alone."
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from modules.ability.task import Example, Task
 from modules.editor import Edited
-from modules.evaluation import now
+from modules.meter import now
 from modules.metrics import from_file, summarise
 
 BATCHES = 8  # of examples that are asked in one go

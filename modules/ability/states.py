@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import now
+from modules.meter import now
 from modules.modes import on_top
 
 

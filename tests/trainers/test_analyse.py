@@ -1,25 +1,21 @@
-"""`python -m trainers.analyse` and `trainers.speed` on exports of random models, and their figures."""
+"""`python -m trainers.analyse` on exports of random models, and its figures."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from modules.backbone import BackboneConfig
 from modules.export import export
-from modules.gist.analysis_speed import Measured
 from modules.gist.analysis_temperature import Aligned
 from modules.gist.analysis_traces import Place
 from modules.gist.model import GistConfig
 from modules.trained.incomes import InComeS
 from modules.trained.mend import MEND
 from trainers.analyse import analyse, trained_on
-from trainers.callbacks.figures import GOLDEN
-from trainers.callbacks.gist_drawing import place_figure, speed_figure, temperature_figure
+from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
-from trainers.speed import markdown, speed
 
 SHAPE = {
     "hidden_size": 32,
@@ -108,16 +104,15 @@ def test_analyse_says_what_is_wrong(exported: Path, tmp_path: Path, more: list[s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [analyse, speed])
-def test_an_export_of_another_editor_is_refused_by_name(command: Any, tmp_path: Path) -> None:
+def test_an_export_of_another_editor_is_refused_by_name(tmp_path: Path) -> None:
     module = MEND(BackboneConfig("random:llama", overrides=SHAPE))
     module.configure_model()
     export(module, tmp_path / "mend")
     (tmp_path / "mend" / "editor.safetensors").unlink()  # nothing of it needs to be loaded for that
     with pytest.raises(SystemExit, match="is an export of 'mend', which has no gists"):
-        run(command, [f"--editor={tmp_path / 'mend'}", DATA])
+        run(analyse, [f"--editor={tmp_path / 'mend'}", DATA])
     with pytest.raises(SystemExit, match=r"no editor\.json"):
-        run(command, [f"--editor={tmp_path}", DATA])
+        run(analyse, [f"--editor={tmp_path}", DATA])
 
 
 def test_the_pools_of_training(exported: Path, tmp_path: Path) -> None:
@@ -167,79 +162,3 @@ def test_place_figure() -> None:
     texts = [t.get_text() for t in figure.legends[0].get_texts()]
     assert texts == ["answered right (8 queries)", "answered wrong (3 queries)"]
     assert len(place_figure(right, [], 100).legends[0].get_texts()) == 1
-
-
-# ---------------------------------------------------------------- speed
-
-
-def test_speed_marks_what_does_not_fit(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--edits=4,40,60", "--queries=2", "--new_tokens=3", "--repeats=1"]
-    run(speed, [f"--editor={exported}", DATA, *small, "--baselines=icl", f"--out={tmp_path}"])
-    told = json.loads((tmp_path / "speed.json").read_text())
-    rows = {(r["editor"], r["edits"]): r for r in told["rows"]}
-    assert list(rows) == [(e, n) for n in (4, 40, 60) for e in ("incomes", "icl")]
-    assert told["meta"]["records"] == 40
-    assert told["meta"]["edit_tokens"] > 20
-    for (editor, edits), row in rows.items():
-        if editor == "icl" and edits > 4:
-            assert "the context window has 700" in row["error"]
-            assert row["encode_seconds"] is row["reliability"] is None
-            continue
-        assert row["error"] is None
-        assert min(row["encode_seconds"], row["prompt_seconds"], row["token_seconds"]) > 0
-        assert row["made_up"] == (edits == 60)
-        assert (row["reliability"] is None) == (edits == 60)
-    each = rows["incomes", 4]["state_bytes"] // 4
-    assert [rows["incomes", n]["state_bytes"] for n in (4, 40, 60)] == [4 * each, 40 * each, 60 * each]
-    text = (tmp_path / "speed.md").read_text()
-    assert text.count("\n| icl |") == 3
-    assert "| incomes | 60* |" in text
-    assert "icl, 40 edits: icl: 40 edits are" in text
-    assert (tmp_path / "speed.png").stat().st_size > 5000
-    assert "60*" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--baselines=memit"], "unknown baseline 'memit'; there are: icl, unedited"),
-        (["--edits=0"], "must be at least 1"),
-        (["--new_tokens=1"], "--new_tokens 1 2"),
-        (["--batch_size=0"], "--batch_size 0 must be at least 1"),
-        ([f"--out={__file__}"], "--out .* is a file; give another folder"),
-    ],
-)
-def test_speed_says_what_is_wrong(exported: Path, more: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        run(speed, [f"--editor={exported}", DATA, *more])
-
-
-ROWS = [
-    Measured("incomes", 100, False, 0.5, 0.02, 0.01, 2**20, 3 * 2**20, 0.9, 0.8),
-    Measured("icl", 100, False, 2.0, 0.04, 0.02, 2**25, 2**26, 0.5, 0.25),
-    Measured("unedited", 100, False, 0.001, 0.02, 0.005, 0, 0, 0.1, 0.1),
-    Measured("incomes", 10000, True, 60.0, 0.03, 0.015, 100 * 2**20, 2**30),
-    Measured("icl", 10000, True, error="icl: no room"),
-]
-
-
-def test_speed_table() -> None:
-    lines = markdown(ROWS).splitlines()
-    assert lines[2] == "| incomes | 100 | 0.500 | 5.00 | 20.0 | 10.0 | 1.0 | 3 | 90.0 | 80.0 |"
-    assert lines[5] == "| incomes | 10,000* | 60.000 | 6.00 | 30.0 | 15.0 | 100.0 | 1,024 | - | - |"
-    assert lines[6] == "| icl | 10,000* | - | - | - | - | - | - | - | - |"
-    assert lines[-1] == "icl, 10000 edits: icl: no room"
-
-
-def test_speed_figure() -> None:
-    encoding, token, kept, accuracy = speed_figure(ROWS).axes
-    values = {line.get_label(): list(line.get_ydata()) for line in encoding.lines}
-    assert values["incomes"] == [0.5, 60.0]
-    assert values["icl"] == [2.0]
-    stopped = next(line for line in encoding.lines if line.get_label() == "icl: no room left")
-    assert list(stopped.get_xdata()) == [10000, 10000]
-    assert stopped.get_color() != GOLDEN
-    assert list(token.lines[0].get_ydata()) == [10.0, 15.0]
-    assert encoding.get_yscale() == kept.get_yscale() == "log"
-    assert list(kept.lines[-1].get_ydata()) == []  # nothing kept has no place on a logarithmic axis
-    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[0.9], [0.8]]

@@ -1,14 +1,8 @@
 """One cell of a benchmark: edit, evaluate, and keep what a reader of the results wants to see."""
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import psutil
-import torch
 
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
@@ -21,14 +15,6 @@ from trainers.benchmark.grid import Cell
 log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 NEW_TOKENS = 16  # of an answer that is kept for reading
-
-
-@dataclass
-class Memory:
-    """The most memory in bytes that was held while something ran, and what was held before it."""
-
-    before: int = 0
-    peak: int = 0
 
 
 def run_cell(
@@ -54,18 +40,17 @@ def run_cell(
     judge, seed = cell.judging.judge(originals, cell.about["batch_size"]), cell.about["seed"]
     _read(Edited(backbone), cell.records[:shown], before := {})
     failed: dict[str, str] = {}
-    with held(backbone) as memory:
-        if cell.mode in ("sequential", "consecutive"):
-            points, after = _consecutive(cell, editor, backbone, judge, seed, shown, tell, failed)
-        else:
-            points, after = _at_once(cell, editor, backbone, judge, seed, shown, tell)
+    if cell.mode in ("sequential", "consecutive"):
+        points, after = _consecutive(cell, editor, backbone, judge, seed, shown, tell, failed)
+    else:
+        points, after = _at_once(cell, editor, backbone, judge, seed, shown, tell)
     answers = [
         {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after[at]}
         for at, text in before.items()
         if at in after  # else it was not asked: another record of its pool would have made it ambiguous
         for record, kind, prompt, gold in [at]
     ]
-    return {"points": points, "answers": answers, "memory": {"before": memory.before, "peak": memory.peak}} | failed
+    return {"points": points, "answers": answers} | failed
 
 
 def in_words(error: Exception) -> dict[str, str]:
@@ -139,6 +124,7 @@ def _point(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> dict[st
         "edits": edits,
         "metrics": evaluation.aggregates,
         "edit_seconds": evaluation.edit_seconds,
+        "edit_bytes": evaluation.edit_bytes,
         "answer_seconds": evaluation.answer_seconds,
         "edited": evaluation.settings["edited"],
         "requests": evaluation.settings["requests"],
@@ -158,35 +144,3 @@ def _read(edited: Edited, records: Sequence[EditRecord], to: dict[Any, str]) -> 
     ]
     if asked:
         to |= zip(asked, edited.generate([prompt for _, _, prompt, _ in asked], NEW_TOKENS), strict=True)
-
-
-@contextmanager
-def held(backbone: Backbone, every: float = 0.05) -> Iterator[Memory]:
-    """The most memory held within a `with`: of the GPU where the model is on one, else this process's resident set.
-
-    Args:
-        every: seconds between two looks at the resident set.
-    """
-    memory = Memory()
-    if backbone.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(backbone.device)
-        memory.before = torch.cuda.memory_allocated(backbone.device)
-        try:
-            yield memory
-        finally:
-            memory.peak = torch.cuda.max_memory_allocated(backbone.device)
-        return
-    process, done = psutil.Process(), threading.Event()
-    memory.before = memory.peak = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(every):
-            memory.peak = max(memory.peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield memory
-    finally:
-        done.set()
-        watcher.join()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from modules.metrics import from_file
 from trainers.benchmark.groups import Group, Result, apart, group_of
-from trainers.benchmark.tables import metrics_of, peak, points, seconds_per_edit
+from trainers.benchmark.tables import edit_mib, metrics_of, points, seconds_per_edit
 from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
 from trainers.callbacks.figures import blank, open_axes
 
@@ -106,17 +106,21 @@ def trade(results: Sequence[Result]) -> Figure | None:
 
 
 def cost(results: Sequence[Result]) -> Figure | None:
-    """Seconds an edit, and memory above what was held before, by editor, at the largest number of edits."""
+    """Seconds an edit, and the memory that editing takes, by editor, at the largest number of edits."""
     largest = max((p["edits"] for _, p in points(results)), default=0)
-    rows = [(r["editor"], seconds_per_edit(p), peak(r)) for r, p in points(results) if p["edits"] == largest]
+    rows = [(r["editor"], seconds_per_edit(p), edit_mib(p)) for r, p in points(results) if p["edits"] == largest]
     rows = list({name: (name, s, m) for name, s, m in rows}.values())
     if not rows:
         return None
     figure = blank(7.2, 0.9 + 0.28 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     look = _looks(results)
-    for axes, i, title in ((left, 1, "seconds an edit"), (right, 2, "memory more, MiB")):
-        axes.barh([r[0] for r in rows], [r[i] for r in rows], color=[look[r[0]][0] for r in rows], height=0.65)
+    for axes, i, title in ((left, 1, "seconds an edit"), (right, 2, "memory of editing, MiB")):
+        lengths = [r[i] or 0.0 for r in rows]
+        axes.barh([r[0] for r in rows], lengths, color=[look[r[0]][0] for r in rows], height=0.65)
+        for y, row in enumerate(rows):
+            if row[i] is None:
+                axes.text(0, y, " not measured", va="center", fontsize=7, color="#777777")
         _readable(axes, title)
     left.invert_yaxis()
     figure.suptitle(f"{largest} edits", fontsize=10)

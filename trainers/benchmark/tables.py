@@ -27,7 +27,8 @@ FIELDS: tuple[str, ...] = (
     "high",
     "records",
     "seconds_per_edit",
-    "peak_mib",
+    "edit_mib",
+    "hardware",
     "seed",
 )
 
@@ -50,7 +51,8 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
             "edits": point["edits"],
             "asked": result.get("asked"),
             "seconds_per_edit": f"{seconds_per_edit(point):.6g}",
-            "peak_mib": peak(result),
+            "edit_mib": edit_mib(point),
+            "hardware": result.get("hardware"),
         }
         for metric, cell in point["metrics"].items():
             value, low, high = (f"{from_file(x):.6g}" for x in (cell["value"], *cell["ci"]))
@@ -84,9 +86,10 @@ def seconds_per_edit(point: Mapping[str, Any]) -> float:
     return point["edit_seconds"] / max(1, point.get("requests", point["edited"] * max(1, several)))
 
 
-def peak(result: Result) -> int:
-    """Memory at the peak in MiB, above what was held before."""
-    return round((result["memory"]["peak"] - result["memory"]["before"]) / 2**20)
+def edit_mib(point: Mapping[str, Any]) -> int | None:
+    """The most memory in MiB that making the edits took above what was held before; None of a cell of before it was
+    measured, which tells what the whole cell held, answers with it."""
+    return round(point["edit_bytes"] / 2**20) if "edit_bytes" in point else None
 
 
 def metrics_of(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -138,7 +141,8 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
                 top = cell is not None and _shown(point, metric) == best[metric] and _competes(result, point)
                 top = top and metric not in UNRANKED
                 texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
-            texts += [(f"{seconds_per_edit(point):.2f}", False), (str(peak(result)), False)]
+            memory = edit_mib(point)
+            texts += [(f"{seconds_per_edit(point):.2f}", False), ("-" if memory is None else f"{memory:,}", False)]
             rows.append((result["editor"], texts))
         counts = {
             p["metrics"][metric]["records"] for _, p in members for metric, _ in columns if metric in p["metrics"]
@@ -149,7 +153,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})
         notes += _kept([r for r, _ in members])
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
-        heads = ["Editor", *(title for _, title in columns), "s / edit", "MiB more"]
+        heads = ["Editor", *(title for _, title in columns), "s / edit", "edit MiB"]
         yield title, heads, rows, notes + missing
 
 

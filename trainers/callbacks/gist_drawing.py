@@ -1,15 +1,13 @@
-"""The figures of `trainers.analyse` and `trainers.speed`: values in, a matplotlib Figure out (see figures.py)."""
+"""The figures of `trainers.analyse`: values in, a matplotlib Figure out (see figures.py)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
-from modules.gist.analysis_speed import Measured
 from modules.gist.analysis_temperature import Aligned
 from modules.gist.analysis_traces import Place
-from trainers.callbacks.curves import COLOURS, MARKERS, legend, over_edits
+from trainers.callbacks.curves import legend, over_edits
 from trainers.callbacks.figures import GOLDEN, OTHER, ZERO, blank, open_axes
 
 ALL = "aligned, one for all layers"
@@ -83,49 +81,6 @@ def place_figure(right: Sequence[Place], wrong: Sequence[Place], edits: int) -> 
     legend(figure, panels[0])
     counted = "places counted from the first token that predicts the answer (grey: all that do); means over layers"
     figure.suptitle(f"What tokens select along a query, pools of {edits} edits\n{counted}", fontsize=9)
-    return figure
-
-
-def speed_figure(rows: Sequence[Measured]) -> Figure:
-    """Seconds of encoding and of a token, what is kept, and accuracy (figure 3) over numbers of edits, an editor a
-    colour. Where an editor could not go further, a dotted line of its colour stands."""
-    editors = list(dict.fromkeys(r.editor for r in rows))
-    sizes = sorted({r.edits for r in rows})
-    figure = blank(13, 3.8)
-    panels: Any = figure.subplots(1, 4)
-    shown = (
-        ("encoding the edits", "seconds", True, {"encode_seconds": 1.0}),
-        ("decoding a token", "milliseconds", False, {"token_seconds": 1e3}),
-        ("kept of the edits", "MiB", True, {"state_bytes": 2.0**-20}),
-        ("accuracy (dashed: rephrases)", "token accuracy", False, {"reliability": 1.0, "generality": 1.0}),
-    )
-    for axes, (title, unit_of, logarithmic, parts) in zip(panels, shown, strict=True):
-        for i, editor in enumerate(editors):
-            own = [r for r in rows if r.editor == editor]
-            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5}
-            for dash, (what, unit) in zip(("-", "--"), parts.items(), strict=False):
-                values = [(r.edits, getattr(r, what)) for r in own]
-                at = [(n, unit * v) for n, v in values if v is not None and (v or not logarithmic)]
-                name = editor if dash == "-" else None
-                axes.plot([n for n, _ in at], [v for _, v in at], dash, label=name, linewidth=1.4, **look)
-            stopped = min((r.edits for r in own if r.error), default=None)
-            if stopped is not None:
-                label = f"{editor}: no room left"
-                axes.axvline(stopped, color=look["color"], linestyle=":", linewidth=1.2, label=label)
-        axes.set(title=title, ylabel=unit_of)
-        over_edits(axes, sizes)
-        axes.set_xlabel("edits")
-        if logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-        elif unit_of == "token accuracy":
-            axes.set_ylim(-0.03, 1.03)
-        else:
-            axes.set_ylim(bottom=0)
-    legend(figure, panels[0])
-    figure.suptitle("Encoding, decoding, memory and accuracy over the number of edits", fontsize=10)
     return figure
 
 

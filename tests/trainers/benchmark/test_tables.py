@@ -24,6 +24,7 @@ def point(edits: int, reliability: float, generality: float, locality: float) ->
             m: {"value": v, "ci": [max(0.0, v - 0.1), min(1.0, v + 0.1)], "records": 4} for m, v in values.items()
         },
         "edit_seconds": 8.0,
+        "edit_bytes": 3 * 2**20,
         "answer_seconds": 1.0,
         "edited": 4,
         "settings": {"own_edit_only": False},
@@ -53,7 +54,6 @@ def result(editor: str, points: list[dict[str, Any]], mode: str = "batch", **mor
         "protocol": "default",
         "seed": 0,
         "points": points,
-        "memory": {"before": 2**30, "peak": 2**30 + 3 * 2**20},
         "answers": answers,
         **more,
     }
@@ -67,7 +67,7 @@ def results() -> list[dict[str, Any]]:
         result("rome_x", [point(1, 0.9, 0.4, 0.8)]),
         result("rome_x", [point(100, 0.5, 0.3, 0.2)]),
         result("memit", [point(1, 0.8, 0.6, 0.7)]),
-        result("memit", [point(100, 0.7, 0.35, 0.9)]),
+        result("memit", [point(100, 0.7, 0.35, 0.9)], hardware="a card"),
         failed | {"error": "ValueError: too long", "answers": []},
     ]
 
@@ -79,14 +79,30 @@ def test_csv_has_a_line_for_every_metric(tmp_path: Path) -> None:
     assert tuple(lines[0]) == FIELDS
     assert len(lines) == 5 * 3
     (one,) = [x for x in lines if x["editor"] == "memit" and x["edits"] == "100" and x["metric"].startswith("gen")]
-    assert {k: one[k] for k in ("value", "low", "high", "records", "seconds_per_edit", "peak_mib")} == {
+    assert {k: one[k] for k in ("value", "low", "high", "records", "seconds_per_edit", "edit_mib", "hardware")} == {
         "value": "0.35",
         "low": "0.25",
         "high": "0.45",
         "records": "4",
         "seconds_per_edit": "2",
-        "peak_mib": "3",
+        "edit_mib": "3",
+        "hardware": "a card",
     }
+
+
+def test_cells_of_before_have_no_memory_of_editing(tmp_path: Path) -> None:
+    """They tell what the process held at most, answers with it: not the same figure."""
+    old = result("rome_x", [point(100, 0.5, 0.3, 0.2)], memory={"before": 0, "peak": 2**30})
+    del old["points"][0]["edit_bytes"]
+    new = result("memit", [point(100, 0.7, 0.35, 0.9)])
+    write_tables([old, new], tmp_path)
+    write_csv([old, new], tmp_path / "r.csv")
+    assert " | 2.00 | - |\n" in (tmp_path / "tables.md").read_text()
+    with (tmp_path / "r.csv").open() as file:
+        assert [line["edit_mib"] for line in csv.DictReader(file)] == [""] * 3 + ["3"] * 3
+    figure = cost([old, new])
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[1].texts] == [" not measured"]
 
 
 def test_tables_mark_the_best_and_name_failures(tmp_path: Path) -> None:

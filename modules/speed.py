@@ -1,20 +1,22 @@
-"""Time and memory of encoding edits and of decoding under them (InComeS, tables 4 and 5), of any Edited alike."""
+"""Time and memory of making edits and of decoding under them (InComeS, tables 4 and 5), of any Edited alike."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRequest
-from datamodules.tokens import encode
 from modules.editor import Edited
-from modules.evaluation import now
 from modules.gist.editor import GistEdited
+from modules.meter import now
+from modules.remembering import Remembering
+from modules.training_free.icl import Unchanged
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Decoding:
     """Seconds of answering one query alone, each a median over queries.
 
     Args:
-        prompt: to read the prompt, and with it what was encoded, and to give the first token.
+        prompt: to read the prompt, and with it what was encoded, and to give the first token. Whatever is done for a
+            query before it is answered counts here: to look an edit up (RAG), or to work the whole answer out (MeLLo).
         token: for each token after that.
     """
 
@@ -38,8 +41,8 @@ class Measured:
         made_up: whether the records did not suffice, and edits were made of theirs.
         encode_seconds: to make all edits, from text; a median.
         prompt_seconds, token_seconds: see `Decoding`.
-        state_bytes: what is kept of the edits.
-        peak_bytes: the most memory that was held while encoding and decoding, above what was held before.
+        state_bytes: see `state_bytes`.
+        peak_bytes: the most memory that encoding and decoding took, see `modules.meter.Meter`.
         reliability, generality: teacher-forced token accuracy, of records whose edits are in the pool; None where they
             are made up.
     """
@@ -59,55 +62,63 @@ class Measured:
 
 @torch.no_grad()
 def prefill(edited: Edited) -> None:
-    """Read what the edits put before every prompt, and keep it; nothing for a method that puts nothing there."""
+    """Do what all queries have use of, and the first one would wait for: read what the edits put before every prompt,
+    encode the edits of a memory. Nothing for other methods."""
     edited._after_prefix(torch.ones(1, 1, dtype=torch.long, device=edited.backbone.device))
+    if isinstance(edited, Remembering) and edited.memory.encoder:
+        edited.memory.vectors()
 
 
-def state_bytes(edited: Edited) -> int:
-    """What is kept of the edits: a pool's gists, or the keys and values of a context that was read."""
+def state_bytes(edited: Edited) -> int | None:
+    """What is kept of the edits: a pool's gists, the keys and values of a context that was read, or the files that
+    `Edited.save` writes. None of an editor that says neither."""
     if isinstance(edited, GistEdited):
         return sum(t.nbytes for t in edited.pool.tensors().values())
-    if edited._prefix is None:
+    if edited._prefix is not None:
+        return sum(t.nbytes for layer in edited._prefix[1].layers for t in (layer.keys, layer.values))
+    if isinstance(edited, Unchanged):
         return 0
-    return sum(t.nbytes for layer in edited._prefix[1].layers for t in (layer.keys, layer.values))
+    with TemporaryDirectory() as folder:
+        try:
+            edited.save(Path(folder))
+        except NotImplementedError:
+            return None
+        return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 @torch.no_grad()
 def decoding(edited: Edited, prompts: Sequence[str], new_tokens: int = 16) -> Decoding:
     """Answer prompts one by one, greedily, each by exactly so many tokens, whatever they are.
 
-    A context's keys and values are copied for each query, as for any answer; that is not timed.
-
     Raises:
         ValueError: where an answer would leave the context window, or for less than two tokens.
     """
     if new_tokens < 2:
         raise ValueError(f"new_tokens must be at least 2, the first comes with the prompt; got {new_tokens}")
-    prompt, token = [], []
-    for text in prompts:
-        ids = encode(edited.backbone.tokenizer, text, bos=edited.bos and not edited.context).ids
-        seconds = _answer(edited, torch.tensor([ids], device=edited.backbone.device), new_tokens)
-        prompt.append(seconds[0])
-        token += seconds[1:]
-    return Decoding(median(prompt), median(token))
+    first, each = [], []
+    with endless(edited.backbone.tokenizer):
+        for prompt in prompts:
+            first.append(_answering(edited, prompt, 1))
+            # what an editor finds out about a prompt it may know by now, and so for both of these
+            more, one = (_answering(edited, prompt, n) for n in (new_tokens, 1))
+            each.append((more - one) / (new_tokens - 1))
+    return Decoding(median(first), median(each))
 
 
-def _answer(edited: Edited, ids: Tensor, new_tokens: int) -> list[float]:
-    """Seconds of each pass: the prompt's [1, T], then one for each token."""
-    backbone = edited.backbone
-    _, mask, options = edited._after_prefix(torch.ones_like(ids))
-    edited._check_room(mask.shape[1] + new_tokens - 1)
-    cache = options.get("cache") or DynamicCache(config=backbone.model.config)
-    state: Any = None
-    seconds = []
-    for _ in range(new_tokens):
-        start = now(backbone)
-        positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-        out, state = edited.decode(ids, mask, state, cache=cache, position_ids=positions, use_cache=True)
-        ids = backbone.logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        seconds.append(now(backbone) - start)
-    return seconds
+def _answering(edited: Edited, prompt: str, tokens: int) -> float:
+    start = now(edited.backbone)
+    edited.generate([prompt], tokens)
+    return now(edited.backbone) - start
+
+
+@contextmanager
+def endless(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within it the tokenizer knows no end of text, so that no answer ends before its length."""
+    end, tokenizer.eos_token = tokenizer.eos_token, None
+    try:
+        yield
+    finally:
+        tokenizer.eos_token = end
 
 
 def accuracy(edited: Edited, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 4) -> float:

@@ -7,10 +7,12 @@ import torch
 
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
-from modules.gist.analysis_speed import accuracy, decoding, made_up, prefill, state_bytes
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistModel
+from modules.speed import accuracy, decoding, made_up, prefill, state_bytes
 from modules.training_free.icl import InContext, Unedited
+from modules.training_free.rag import RAG
+from tests.bag_of_words import BagOfWords
 
 REQUESTS = [EditRequest(f"City {c} is in", f"Land {i}") for i, c in enumerate("ABCD")]
 
@@ -27,13 +29,26 @@ def test_what_is_kept_of_gists(tiny_gists: Callable[..., GistModel]) -> None:
 def test_what_is_kept_of_a_context(tiny: Callable[..., Backbone]) -> None:
     backbone = tiny()
     with InContext().edit(backbone, REQUESTS) as edited:
-        assert state_bytes(edited) == 0
+        assert state_bytes(edited) is None  # nothing is read yet, and there is nothing to save
         prefill(edited)
         length = len(edited.context.encode())  # tokens are bytes
         assert state_bytes(edited) == 4 * length * 2 * 4 * 2 * 8  # all 4 layers
     with Unedited().edit(backbone, REQUESTS) as edited:
         prefill(edited)
         assert state_bytes(edited) == 0
+
+
+def test_a_memory_is_encoded_before_it_is_asked(tiny: Callable[..., Backbone]) -> None:
+    editor = RAG()
+    editor.sentences = BagOfWords()  # type: ignore[misc]
+    with editor.edit(tiny(), REQUESTS) as edited:
+        assert edited.memory._vectors is None
+        prefill(edited)
+        assert edited.memory._vectors is not None
+        assert bool(edited.memory._vectors.known.all())
+        kept = state_bytes(edited)
+    assert kept is not None
+    assert kept > edited.memory.vectors().nbytes
 
 
 @pytest.mark.parametrize("editor", ["icl", "incomes", "unedited"])
@@ -51,14 +66,34 @@ def test_decoding_is_that_of_generation(tiny_gists: Callable[..., GistModel], ed
         prefill(edited)
         edited.decode = watched  # type: ignore[method-assign]
         seconds = decoding(edited, ["City A is in"], new_tokens=5)
-        tokenizer = edited.backbone.tokenizer
-        assert str(tokenizer.decode(fed)).startswith("City A is in")
-        assert len(fed) == len(b"City A is in") + 4  # the last token is not read again
         edited.decode = plain  # type: ignore[method-assign]
-        wanted = edited._generate([list(tokenizer("City A is in", add_special_tokens=False)["input_ids"])], 5)[0]
-        assert fed[len(b"City A is in") :] == wanted[:4]
+        tokenizer = edited.backbone.tokenizer
+        prompt = list(tokenizer("City A is in", add_special_tokens=False)["input_ids"])
+        wanted = edited._generate([prompt], 5)[0]
+    # one token, five of which the last is not read again, and one to take off
+    assert fed == [*prompt, *prompt, *wanted[:4], *prompt]
     assert seconds.prompt > 0
     assert seconds.token > 0
+
+
+def test_an_answer_goes_on_beyond_the_end_of_text(tiny: Callable[..., Backbone]) -> None:
+    backbone = tiny()
+    end = backbone.tokenizer.eos_token_id
+    assert isinstance(end, int)
+    read: list[int] = []
+
+    def ends(hidden: torch.Tensor) -> torch.Tensor:
+        read.append(len(hidden))
+        return torch.nn.functional.one_hot(torch.full((len(hidden),), end), 257).float()
+
+    backbone.logits = ends  # type: ignore[method-assign]
+    with Unedited().edit(backbone, []) as edited:
+        edited.generate(["x"], 6)
+        assert len(read) == 1  # it ends at once
+        read.clear()
+        decoding(edited, ["x"], new_tokens=6)
+    assert len(read) == 1 + 6 + 1
+    assert backbone.tokenizer.eos_token_id == end
 
 
 def test_an_answer_beyond_the_window_is_refused(tiny: Callable[..., Backbone]) -> None:
