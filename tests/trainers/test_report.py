@@ -119,6 +119,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
     assert set(report["runs"]["icl"]["4"]) == {
         "edit_seconds",
         "answer_seconds",
+        "edit_bytes",
         "answer_seconds_per_query",
         "context_tokens",
         "protocol",
