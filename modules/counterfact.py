@@ -15,7 +15,7 @@ from datamodules.records import EditRecord
 from modules.editor import Edited, TargetScore
 from modules.fluency import CONSISTENCY, FLUENCY, FLUENCY_PROTOCOLS, References, written
 from modules.judging import Case
-from modules.published import Pair, Published, PublishedMetrics
+from modules.published import Pair, Published
 
 _P = (
     "p is a whole target's probability after the prompt, teacher-forced: exp(-mean NLL of its tokens). Mean over a "
@@ -145,13 +145,6 @@ class CounterFact(Published):
 
 
 COUNTERFACT = CounterFact()
-
-
-class CounterFactMetrics(PublishedMetrics):
-    """ES, PS, NS, EM, PM, NM and S of the records of all ranks, from their results by CounterFact's protocol."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(COUNTERFACT, **kwargs)
 
 
 def nll(score: TargetScore) -> float:

@@ -11,9 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics import Metric
 
 from datamodules.records import EditRecord
 from modules.editor import Edited, TargetScore
@@ -52,11 +49,6 @@ class Published(Judge):
     def judge(self, record: EditRecord, scores: Mapping[Pair, TargetScore]) -> dict[str, Any]:
         """The `post` of a record's result, from the scores of its pairs."""
 
-    @property
-    def means(self) -> tuple[str, ...]:
-        """The metrics that are means over records: all but `score`."""
-        return tuple(name for name in self.definitions if name != self.score)
-
     def check(self, records: Iterable[EditRecord]) -> None:
         for record in records:
             if missing := self.lacks(record):
@@ -77,41 +69,10 @@ class Published(Judge):
         return {"batch_size": self.batch_size}
 
 
-class PublishedMetrics(Metric):
-    """Running means over the records of all ranks, and their harmonic mean.
-
-    The score is that of the means, not a mean of the records' scores: sums and counts are added up over ranks first.
-    """
-
-    full_state_update = False
-    sums: Tensor
-    count: Tensor
-
-    def __init__(self, protocol: Published, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.protocol = protocol
-        self.add_state("sums", torch.zeros(len(protocol.means), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, results: Iterable[Mapping[str, Any]]) -> None:
-        """Add per-record results, as the protocol gives them."""
-        for result in results:
-            values = self.protocol.values(result["post"])
-            self.sums += self.sums.new_tensor([values[name] for name in self.protocol.means])
-            self.count += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """Metric name -> mean over records, with the score; empty without records."""
-        if not self.count:
-            return {}
-        means = dict(zip(self.protocol.means, self.sums / self.count, strict=True))
-        score = harmonic_mean(torch.stack([means[name] for name in self.protocol.parts]))
-        return {self.protocol.score: score} | means
-
-
-def harmonic_mean(values: Tensor) -> Tensor:
+def harmonic_mean(values: np.ndarray) -> np.ndarray:
     """Over the last dimension of shares from 0 on; where one of them is 0 it is 0, its limit."""
-    return values.shape[-1] / values.reciprocal().sum(-1)
+    with np.errstate(divide="ignore"):
+        return values.shape[-1] / (1 / values).sum(-1)
 
 
 def summarise_published(
@@ -124,10 +85,10 @@ def summarise_published(
     """
     summary = summarise(results, seed, resamples, protocol.values)
     values = [protocol.values(result["post"]) for result in results]
-    parts = torch.tensor([[of[name] for name in protocol.parts] for of in values], dtype=torch.float64)  # [records, 3]
+    parts = np.array([[of[name] for name in protocol.parts] for of in values])  # [records, 3]
     draw = np.random.default_rng(seed)
     drawn = [harmonic_mean(parts[draw.integers(len(parts), size=len(parts))].mean(0)) for _ in range(resamples)]
-    low, high = np.quantile(torch.stack(drawn).numpy(), (0.025, 0.975))
+    low, high = np.quantile(drawn, (0.025, 0.975))
     score = {
         "value": float(harmonic_mean(parts.mean(0))),
         "ci": [float(low), float(high)],

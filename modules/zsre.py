@@ -10,7 +10,7 @@ from typing import Any
 
 from datamodules.records import EditRecord
 from modules.editor import TargetScore
-from modules.published import Pair, Published, PublishedMetrics
+from modules.published import Pair, Published
 
 _NQ_MARK = "nq question: "
 _SHARE = (
@@ -66,13 +66,6 @@ class Zsre(Published):
 
 
 ZSRE = Zsre()
-
-
-class ZsreMetrics(PublishedMetrics):
-    """Efficacy, paraphrase, specificity and score of the records of all ranks, from results by zsRE's protocol."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(ZSRE, **kwargs)
 
 
 def _pairs(record: EditRecord) -> dict[str, list[Pair]]:

@@ -11,7 +11,7 @@ from datamodules.files import located
 from datamodules.readers.counterfact import read_snippets
 from datamodules.readers.mquake import read_few_shot
 from datamodules.records import EditRecord
-from modules.counterfact import CounterFact
+from modules.counterfact import COUNTERFACT, CounterFact
 from modules.evaluation import Answers, TokenAccuracy
 from modules.fluency import References
 from modules.judging import Judge
@@ -19,8 +19,9 @@ from modules.metrics import record_values
 from modules.protocols.dune import Dune, check_dune, dune_values
 from modules.protocols.few_shot import FewShot
 from modules.protocols.mquake import MQuAKE, check_mquake, mquake_values
+from modules.published import harmonic_mean
 from modules.uniedit import UniEdit, uniedit_values
-from modules.zsre import Zsre
+from modules.zsre import ZSRE, Zsre
 
 Protocol = Literal["default", "uniedit", "counterfact", "zsre", "mquake", "dune"]
 
@@ -71,23 +72,22 @@ class Measures:
     def of(rows: np.ndarray) -> float:
         """A metric of records, from their parts [records, parts]: the mean, or of several means the harmonic one."""
         means = rows.mean(0)
-        return float(means[0] if len(means) == 1 else len(means) / (1 / means).sum() if means.all() else 0.0)
+        return float(means[0] if len(means) == 1 else harmonic_mean(means))
 
 
-_COUNTERFACT, _ZSRE = CounterFact(), Zsre()
 MEASURES: dict[str, Measures] = {
     "default": Measures(record_values),
     "uniedit": Measures(uniedit_values),
     "mquake": Measures(mquake_values),
     "dune": Measures(dune_values),
-    **{p.name: Measures(p.values, {p.score: p.parts}) for p in (_COUNTERFACT, _ZSRE)},
+    **{p.name: Measures(p.values, {p.score: p.parts}) for p in (COUNTERFACT, ZSRE)},
 }
 
 
 _CHECKS: dict[str, Callable[[Iterable[EditRecord]], None]] = {
     "mquake": check_mquake,
     "dune": check_dune,
-    "zsre": _ZSRE.check,
+    "zsre": ZSRE.check,
 }
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from modules.counterfact import COUNTERFACT, CounterFactMetrics
+from modules.counterfact import COUNTERFACT
 from modules.metrics import summarise
-from modules.published import Published, PublishedMetrics, harmonic_mean, summarise_published
-from modules.zsre import ZSRE, ZsreMetrics
+from modules.published import Published, harmonic_mean, summarise_published
+from modules.zsre import ZSRE
 
 # DistillMIKE, table 2 (S, ES, PS, NS) and table 1 (score, efficacy, paraphrase, specificity)
 TABLE_2 = [
@@ -34,44 +33,14 @@ def counterfact(draw: random.Random) -> dict[str, Any]:
     return {"post": {f"{sort}_prompts_probs": asked(n) for sort, n in sorts.items()}}
 
 
-def zsre(draw: random.Random) -> dict[str, Any]:
-    sorts = ("rewrite", "paraphrase", "neighborhood")
-    return {"post": {f"{s}_prompts_correct": [draw.random() < 0.5 for _ in range(draw.randint(1, 4))] for s in sorts}}
-
-
-CASES = [(COUNTERFACT, CounterFactMetrics, counterfact), (ZSRE, ZsreMetrics, zsre)]
-
-
 @pytest.mark.parametrize(("row", "tolerance"), [*((r, 0.01) for r in TABLE_2), *((r, 0.1) for r in TABLE_1)])
 def test_published_scores_come_from_their_published_parts(row: tuple[float, ...], tolerance: float) -> None:
-    assert float(harmonic_mean(torch.tensor(row[1:], dtype=torch.float64))) == pytest.approx(row[0], abs=tolerance)
+    assert harmonic_mean(np.array(row[1:])) == pytest.approx(row[0], abs=tolerance)
 
 
 def test_harmonic_mean_is_zero_where_one_value_is() -> None:
-    rows = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.5, 0.5]], dtype=torch.float64)
+    rows = np.array([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.5, 0.5]])
     assert harmonic_mean(rows).tolist() == pytest.approx([0.0, 0.0, 0.6])  # 3 / (1 + 2 + 2)
-
-
-@pytest.mark.parametrize(("protocol", "metrics", "made"), CASES)
-@pytest.mark.parametrize("seed", range(5))
-def test_ranks_merged_equal_the_summary_of_all(protocol: Published, metrics: Any, made: Any, seed: int) -> None:
-    draw = random.Random(seed)
-    results = [made(draw) for _ in range(draw.randint(2, 30))]
-    cut = draw.randint(1, len(results) - 1)
-    whole, first, second = (metrics() for _ in range(3))
-    whole.update(results)
-    first.update(results[:cut])
-    second.update(results[cut:])
-    first.merge_state(second)
-    expected = {name: row["value"] for name, row in summarise_published(protocol, results, resamples=2).items()}
-    assert set(expected) == set(protocol.definitions)
-    for metric in (whole, first):
-        assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(expected)
-    whole.reset()
-    whole.update(results[cut:])
-    assert {name: float(value) for name, value in whole.compute().items()} == pytest.approx(
-        {name: float(value) for name, value in second.compute().items()}
-    )
 
 
 def test_the_score_is_of_the_means_and_not_a_mean_of_scores() -> None:
@@ -80,9 +49,7 @@ def test_the_score_is_of_the_means_and_not_a_mean_of_scores() -> None:
         {"post": {"rewrite_prompts_correct": a, "paraphrase_prompts_correct": b, "neighborhood_prompts_correct": b}}
         for a, b in (([True], [True, False]), ([False], [True]))
     ]
-    metrics = PublishedMetrics(ZSRE)
-    metrics.update(results)
-    assert float(metrics.compute()["zsre/score"]) == pytest.approx(9 / 14)  # 3 / (2 + 4/3 + 4/3); records: 3/5 and 0
+    # 3 / (2 + 4/3 + 4/3); of the records 3/5 and 0
     assert summarise_published(ZSRE, results)["zsre/score"]["value"] == pytest.approx(9 / 14)
 
 
