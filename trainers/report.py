@@ -1,4 +1,4 @@
-"""Results as one JSON file, and as a table for the terminal and for a README.
+"""Results as one JSON file, and as a table for the terminal.
 
 A report is {"meta", "aggregate", "runs", "records"}; the last three are by editor and then by pool size (as text):
     meta        when, how and on what it was measured, with the definition of every metric
@@ -273,19 +273,6 @@ def print_table(report: Report, console: Console | None = None) -> None:
         console.print(note, highlight=False)
     for editor, size, reason in failures(report):
         console.print(Text(f"{editor} failed with pools of {size}: {reason}", style="red"))
-
-
-def markdown_table(report: Report) -> str:
-    """The same table in Markdown, with the legend below it."""
-    parts = []
-    for columns in _tables(report):
-        heads = ["Editor", "Pool", *(title for _, title in columns)]
-        lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-        for editor, size, values in _rows(report, columns):
-            lines.append([editor, str(size), *(f"**{text}**" if best else text for text, best in values)])
-        parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
-    notes = [f"{editor} failed with pools of {size}: {reason}" for editor, size, reason in failures(report)]
-    return "\n".join([*parts, _legend(report), *contradictions(report["runs"]), *notes]) + "\n"
 
 
 def contradictions(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
