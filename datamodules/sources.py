@@ -236,9 +236,6 @@ def _rows(
 ) -> Iterator[dict[str, str]]:
     reader = read(format, path, **options)
     records = islice(reader, skip, None if limit is None else skip + limit)
-    if options.get("on_error") != "skip":
-        yield from ({"record": record.to_json()} for record in records)
-        return
     told: list[str] = []
     count = 0
     while True:
@@ -257,7 +254,7 @@ def _rows(
 
 @contextmanager
 def _heard(told: list[str]) -> Iterator[None]:
-    """Keep what a reader says of records that it skipped."""
+    """Keep what a reader says of records, or questions of theirs, that it left out."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

@@ -4,19 +4,20 @@ Source: Akyürek et al. 2023, DUnE: Dataset for Unified Editing. How its answers
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.readers.base import OnError, load_keyed, read_all
+from datamodules.readers.errors import SkippedRecords
 from datamodules.readers.fields import distinct, stem
 from datamodules.records import EditRecord, EditRequest, Query
 
 SETS = ("new_info", "scientific", "debiasing_I", "debiasing_II", "arithmetic")
 LETTERED = ("new_info", "scientific")  # questions with choices, of which a letter names the right one
 _LOCALITY = "_locality"
-_LINE = re.compile(r"^[ \t]*\(?([A-Ea-e1-5])[.)]\s*(.+)$", re.MULTILINE)
-_INLINE = re.compile(r"\(([A-E1-5])\)\s*(.*?)\s*(?=\([A-E1-5]\)|$)", re.DOTALL)
+_LINE = re.compile(r"^[ \t]*\(?([A-Ea-e])[.)]\s*(.+)$", re.MULTILINE)  # a number is the question's own
 
 
 def read_dune(
@@ -27,13 +28,17 @@ def read_dune(
     Shape: an object of parallel lists, `edits` (debiasing_I spells it `edits:`) and `test_inputs`; other keys are not
     read. A test input is [question, answer], a list of such pairs, or, in arithmetic, a question alone, whose answer
     stands behind the equals sign of its edit. Rows that share an edit's text are one record, `<set>-<index>` in the
-    order of first appearance. The edit is free text. One published test input is a spoilt one of three texts: such
-    are left out.
+    order of first appearance. The edit is free text.
+
+    Two published test inputs are spoilt: one of debiasing_II is of three texts, one of scientific has the choices A, B,
+    D, D and the answer C. Such are left out, and told by a warning (`SkippedRecords`) with their number.
 
     Questions are portability of the set's name as kind, and `domain` is that name. Where they have choices (new_info,
-    scientific), the answers are the line of the right choice as InComeS scores it ("B. dry palms"; published lines
-    that run over keep their first line), and then the letter alone, which DUNE itself compares. In debiasing_I and
-    debiasing_II the answer is the *stereotyped* one: the more often it is given, the less the edit has done.
+    scientific), the answers are the line of the right choice as InComeS scores it ("B. dry palms"; what runs over keeps
+    its first line), and then the letter alone, which DUNE itself compares. Twelve questions of scientific have several
+    choices in one line ("A. 500g. B. Less than 500g. ..."): a choice ends where the next letter's begins. In
+    debiasing_I and debiasing_II the answer is the *stereotyped* one: the more often it is given, the less the edit has
+    done.
 
     Locality questions belong to a set and to no edit of it. They are dealt out to the records in turn, as kind of the
     set's name, so that all records together ask each of them once.
@@ -51,7 +56,8 @@ def read_dune(
     if subset not in SETS:
         raise ValueError(f"{path}: its name tells no set of DUNE; give subset: one of {', '.join(SETS)}")
     rows = _rows(path)
-    others = [] if locality is False else list(_locality(Path(path), subset, required=bool(locality)))
+    spoilt: list[str] = []
+    others = [] if locality is False else list(_locality(Path(path), subset, bool(locality), spoilt))
     shares = [others[i :: len(rows)] for i in range(len(rows))]
 
     def convert(row: Mapping[str, Any], index: int) -> EditRecord:
@@ -62,11 +68,20 @@ def read_dune(
             id=f"{subset}-{index}",
             requests=(EditRequest(text=edit.strip()),),
             locality={subset: tuple(shares[index])} if shares[index] else {},
-            portability={subset: _queries(row, subset)},
+            portability={subset: _queries(row, subset, spoilt)},
             domain=subset,
         )
 
-    return read_all(rows, path, convert, on_error)
+    return _telling(read_all(rows, path, convert, on_error), path, spoilt)
+
+
+def _telling(records: Iterator[EditRecord], path: str | Path, spoilt: list[str]) -> Iterator[EditRecord]:
+    try:
+        yield from records
+    finally:  # also where no more are wanted
+        if spoilt:
+            told = f"{path}: {len(spoilt)} of its questions left out as spoilt, the first: {spoilt[0]}"
+            warnings.warn(told, SkippedRecords, stacklevel=2)
 
 
 def _rows(path: str | Path) -> list[dict[str, Any]]:
@@ -84,7 +99,7 @@ def _rows(path: str | Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _locality(path: Path, subset: str, required: bool) -> Iterable[Query]:
+def _locality(path: Path, subset: str, required: bool, spoilt: list[str]) -> Iterable[Query]:
     name = path.name.removesuffix(".gz").removesuffix(".json") + _LOCALITY + ".json"
     file = next((f for f in (path.with_name(name), path.with_name(name + ".gz")) if f.is_file()), None)
     if file is None:
@@ -95,12 +110,13 @@ def _locality(path: Path, subset: str, required: bool) -> Iterable[Query]:
         return
     for row in _rows(file):
         try:
-            yield from _queries(row, subset)
+            yield from _queries(row, subset, spoilt)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}; correct it, or read without it (locality: false)") from error
 
 
-def _queries(row: Mapping[str, Any], subset: str) -> tuple[Query, ...]:
+def _queries(row: Mapping[str, Any], subset: str, spoilt: list[str]) -> tuple[Query, ...]:
+    """The questions of a row; of those left out, `spoilt` gets the reasons."""
     queries = []
     for i, asked in row["test_inputs"]:
         several = isinstance(asked, list) and all(isinstance(pair, list) for pair in asked)
@@ -110,29 +126,41 @@ def _queries(row: Mapping[str, Any], subset: str) -> tuple[Query, ...]:
                 raise TypeError(
                     f"field 'test_inputs[{i}]' must be [question, answer], such pairs, or a question: {pair!r}"
                 )
-            if len(texts) == 2:
-                question, answer = (t.strip() for t in texts)
-                queries.append(Query(question, _answers(question, answer, subset)))
+            question, answer = texts[0].strip(), texts[1].strip()
+            offered = choices(question) if subset in LETTERED else {}
+            line = offered.get(answer.upper())
+            if len(texts) > 2:
+                spoilt.append(f"'test_inputs[{i}]' is of {len(texts)} texts")
+            elif offered and answer and not line:
+                spoilt.append(f"'test_inputs[{i}]' has the answer {answer!r} and the choices {', '.join(offered)}")
+            else:
+                queries.append(Query(question, distinct([line, answer] if line else [answer])))
     return tuple(queries)
-
-
-def _answers(question: str, answer: str, subset: str) -> tuple[str, ...]:
-    line = choices(question).get(answer.upper()) if subset in LETTERED else None
-    return distinct([line, answer] if line else [answer])
 
 
 def choices(question: str) -> dict[str, str]:
     """The choices of a question by letter (or number), each as its line: {"A": "A. dry palms", ...}.
 
-    Each stands on a line of its own ("A. ...", "A) ...", "(A) ..."), or they follow one another as "(A) ... (B) ...".
-    Of two lines with one letter the first is taken.
+    Each stands on a line of its own ("A. ...", "A) ...", "(A) ..."), or they follow one another, letter by letter, as
+    "(A) ... (B) ..." or "A. ... B. ...". Of two lines with one letter the first is taken.
     """
-    lines = {}
-    for found in _LINE.finditer(question):
-        lines.setdefault(found[1].upper(), found[0].strip())
-    if len(lines) < 2:
-        lines = {found[1]: found[0].strip() for found in _INLINE.finditer(question)}
-    return lines
+    lines: dict[str, str] = {}
+    for line in _LINE.finditer(question):
+        lines.setdefault(line[1].upper(), line[0].strip())
+    found = max(lines, *(_in_a_row(question, labels) for labels in ("ABCDE", "12345")), key=len)
+    return found if len(found) > 1 else {}
+
+
+def _in_a_row(question: str, labels: str) -> dict[str, str]:
+    starts, at = [], 0
+    for label in labels:
+        mark = re.compile(rf"(?<![^\s,])(?:\({label}\)|{label}[.)](?=\s))").search(question, at)
+        if not mark:
+            break
+        starts.append(mark.start())
+        at = mark.end()
+    spans = zip(labels, starts, [*starts[1:], None], strict=False)
+    return {label: question[start:end].strip(" ,").splitlines()[0].strip() for label, start, end in spans}
 
 
 def _result(edit: Any, index: int) -> str:

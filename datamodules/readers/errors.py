@@ -10,4 +10,4 @@ class MalformedRecord(DataError):
 
 
 class SkippedRecords(UserWarning):
-    """How many malformed records were passed over, and why the first one."""
+    """How many malformed records, or questions of theirs, were passed over, and why the first one."""

@@ -1,10 +1,11 @@
 import gzip
 import json
+import warnings
 
 import pytest
 
 from datamodules.readers.dune import choices, read_dune
-from datamodules.readers.errors import MalformedRecord
+from datamodules.readers.errors import MalformedRecord, SkippedRecords
 from datamodules.records import EditRequest, Query
 
 CHOICE = "Which palms get warm?\nA. dry palms\nB) wet palms\nC. oily ones\nD. none"
@@ -36,10 +37,27 @@ def test_rows_of_one_edit_are_one_record(dune):
 
 def test_stereotypes_and_their_key(dune):
     pairs = [["Who takes notes?\n", "The woman."], ["a", "b", "c"], ["Who cooks?\n", "the wife"]]
-    (record,) = read_dune(dune("debiasing_I", ["Do not assume."], [pairs], key="edits:"))
-    # the spoilt test input of three texts is left out
+    with pytest.warns(
+        SkippedRecords, match=r"debiasing_I\.json: 1 of its questions left .*_inputs\[0\]' is of 3 texts"
+    ):
+        (record,) = read_dune(dune("debiasing_I", ["Do not assume."], [pairs], key="edits:"))
     asked = (Query("Who takes notes?", ("The woman.",)), Query("Who cooks?", ("the wife",)))
     assert record.portability == {"debiasing_I": asked}
+
+
+def test_an_answer_that_is_none_of_the_choices_is_left_out_and_told(dune):
+    # as published: the third choice has the fourth one's letter
+    spoilt = "Which helps?\nA. one crop\nB. monoculture\nD. crop rotation\nD. pesticides"
+    path = dune("scientific", ["Rotate.", "Rub."], [[spoilt, "C"], [CHOICE, "b"]])
+    dune("scientific_locality", ["", ""], [[CHOICE, "E"], ["Which one is it?", "E"]])
+    told = r"2 of its questions .*, the first: 'test_inputs\[0\]' has the answer 'E' and the choices A, B, C, D"
+    with pytest.warns(SkippedRecords, match=told):
+        first, second = read_dune(path)
+    assert first.portability == {"scientific": ()}
+    assert second.portability == {"scientific": (Query(CHOICE, ("B) wet palms", "b")),)}
+    assert first.locality == {
+        "scientific": (Query("Which one is it?", ("E",)),)
+    }  # no choices are found: the answer stands
 
 
 def test_sums_answer_their_questions(dune):
@@ -76,6 +94,29 @@ def test_choices():
     }
     assert choices("When? (1) before (2) after") == {"1": "(1) before", "2": "(2) after"}
     assert choices("A. Yes\nalways.\nB. No\nA. again") == {"A": "A. Yes", "B": "B. No"}
+    assert choices("4. Which?\nA. dry\nB. wet") == {"A": "A. dry", "B": "B. wet"}  # the question's own number
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("Mass?\nA. 5g. B. Less, by 5g. C. More.", ["A. 5g.", "B. Less, by 5g.", "C. More."]),
+        # commas of the choices that became lines
+        ("1. Why?\nA. Yes\nif wet. B. No\nnever. C. It depends.", ["A. Yes", "B. No", "C. It depends."]),
+        (
+            "How long?\nA. 24 hours.\nB. 365 days.,C. 27 days.\nD. 9",
+            ["A. 24 hours.", "B. 365 days.", "C. 27 days.", "D. 9"],
+        ),
+        ("Which?\nA) B.1.351 lineage\nB) P.1 lineage", ["A) B.1.351 lineage", "B) P.1 lineage"]),
+        ("When? (A) 6:00 A.M. (B) 10:00 A.M.", ["(A) 6:00 A.M.", "(B) 10:00 A.M."]),
+        ("Which?\nA. one\nB. two\nD. four", ["A. one", "B. two", "D. four"]),
+    ],
+)
+def test_choices_within_lines(question, found):
+    assert list(choices(question).values()) == found
+
+
+def test_no_choices():
     assert choices("Who is it?") == {}
 
 
@@ -108,24 +149,28 @@ def test_files_that_are_not_dune(dune, tmp_path):
     ("name", "records", "questions", "locality"),
     [
         ("new_info.json", 150, 750, 471),
-        ("scientific.json.gz", 177, 1204, 450),
+        ("scientific.json.gz", 177, 1203, 450),  # 1,204 published, one of them spoilt
         ("debiasing_I.json", 110, 697, 700),
         ("debiasing_II.json.gz", 150, 1199, 1052),  # 1,200 published, one of them spoilt
         ("arithmetic.json", 143, 835, 429),
     ],
 )
 def test_real_files(real, name, records, questions, locality):
-    every = list(read_dune(real(f"dune/{name}")))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        every = list(read_dune(real(f"dune/{name}")))
+    assert len(told) == (name in ("scientific.json.gz", "debiasing_II.json.gz"))
     assert len(every) == len({r.request.text for r in every}) == records
     assert sum(len(r.portability[r.domain or ""]) for r in every) == questions
     assert sum(len(qs) for r in every for qs in r.locality.values()) == locality
 
 
 def test_real_facts(real):
-    first = next(read_dune(real("dune/scientific.json.gz")))
+    with pytest.warns(SkippedRecords, match=r"1 of its questions .*_inputs\[480\]' has the answer 'C' .* A, B, D"):
+        first, *others = read_dune(real("dune/scientific.json.gz"))
     assert (first.request.text or "").startswith("Dry palms produce the most friction")
     assert first.portability["scientific"][0].answers == ("A. dry palms", "A")
-    alone = [q for r in read_dune(real("dune/scientific.json.gz")) for q in r.portability["scientific"]]
-    assert sum(len(q.answers) == 1 for q in alone) == 13  # the letter names no line
+    asked = [q for r in (first, *others) for q in r.portability["scientific"]]
+    assert all(q.target.lstrip("(")[0] == q.answers[1].upper() for q in asked)  # each letter names a line
     sums = list(read_dune(real("dune/arithmetic.json")))
     assert [q.target for q in sums[0].portability["arithmetic"]] == ["82"] * 3

@@ -141,6 +141,9 @@ def test_letter_of_what_is_offered() -> None:
     assert letter("E", "Which?\nA. a\nB. b\nE. all") == "E"
     assert letter("D", "Which?\nA. a\nB. b\nC. c") is None
     assert letter("(2) eggs", "Which? (1) hens (2) eggs") == "2"
+    assert letter("3", "3. Which?\nA. a\nB. b") is None  # the question's own number
+    assert letter("D", "Which?\nA. a. B. b. C. c. D. d") == "D"
+    assert letter("D", "Which?\nA. a\nB. b, C. c") is None
 
 
 @pytest.mark.parametrize(
