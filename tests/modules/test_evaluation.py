@@ -96,65 +96,6 @@ LYON = city(
 )
 
 
-def test_one_record_by_hand() -> None:
-    original = Scripted({"Nice is in": "Rama", "2 + 2 =": "five", "Lyon is in": "Pxxx"})
-    edited = Scripted(
-        {
-            "Lyon is in": "Peru.",  # 4 of 4
-            "Where is Lyon? In": "Pexx",  # 2 of 4
-            "Nice is in": "Rome",  # agrees with Rama in R, m
-            "2 + 2 =": "five",  # wrong, but as before
-            "People of Lyon speak": "Spanish, and",  # 7 of 7
-            "Lyon's president?": "Dxxx B",  # best of 1/4 (Dina) and 3/6 (Dina B)
-            "Who rules Lyon?": "xixx",  # 1/4, 1/6
-        }
-    )
-    originals = Answers(original)
-    originals.ask([LYON], exact_match=True)
-    (result,) = evaluate_pool(edited, originals, [LYON], exact_match=True)
-    assert result == {
-        "case_id": "Lyon",
-        "requested_rewrite": {
-            "prompt": "Lyon is in",
-            "target_new": "Peru",
-            "ground_truth": "Chad",
-            "subject": "Lyon",
-            "text": None,
-        },
-        "pre": {
-            "rewrite_acc": [0.25],
-            "rewrite_em": [0.0],
-            "rephrase_acc": [0.0],
-            "rephrase_em": [0.0],
-            "locality": {"near_acc": [1.0], "near_em": [0.0], "far_acc": [1.0], "far_em": [0.0]},
-            "portability": {"hop_acc": [0.0], "hop_em": [0.0]},
-            "multi_hop_acc": [0.0, 0.0],
-            "multi_hop_em": [0.0, 0.0],
-        },
-        "post": {
-            "rewrite_acc": [1.0],
-            "rewrite_em": [1.0],
-            "rephrase_acc": [0.5],
-            "rephrase_em": [0.0],
-            "locality": {"near_acc": [0.5], "near_em": [1.0], "far_acc": [1.0], "far_em": [0.0]},
-            "portability": {"hop_acc": [1.0], "hop_em": [1.0]},
-            "multi_hop_acc": [0.5, 0.25],
-            "multi_hop_em": [0.0, 0.0],
-        },
-        "left_out": 0,
-    }
-
-
-def test_without_exact_match_nothing_is_generated() -> None:
-    original, edited = Scripted({}), Scripted({})
-    originals = Answers(original)
-    originals.ask([LYON])
-    (result,) = evaluate_pool(edited, originals, [LYON])
-    assert not original.generated
-    assert not edited.generated
-    assert not any(key.endswith("_em") for key in result["post"])
-
-
 def test_a_pool_is_asked_in_one_call_and_each_question_once() -> None:
     records = [LYON, city("Oslo", locality={"far": (query("2 + 2 =", "four"),)})]
     original, edited = Scripted({}), Scripted({})
@@ -190,14 +131,6 @@ def test_the_original_answers_before_the_edit() -> None:
     assert result.aggregates["locality/token_agreement"]["value"] == 0.0
 
 
-def test_free_text_edit_has_no_reliability() -> None:
-    record = EditRecord("t", (EditRequest(text="Lyon moved."),), rephrases=(query("Lyon is in", "Peru"),))
-    result = evaluate(Taught(), BACKBONE, [record], 1, originals=Answers(Scripted({})))
-    assert result.records[0]["post"]["rewrite_acc"] == []
-    assert "reliability/token_accuracy" not in result.aggregates
-    assert result.aggregates["generality/token_accuracy"]["records"] == 1
-
-
 def test_query_that_cannot_be_scored_or_generated_is_absent() -> None:
     class Mute(Scripted):
         def score(self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32) -> list[TargetScore]:
@@ -208,15 +141,6 @@ def test_query_that_cannot_be_scored_or_generated_is_absent() -> None:
     record = city("Lyon", locality={"near": (query("", "x"), query("Nice is in", "y"))})
     result = evaluate(Taught(), BACKBONE, [record], 1, exact_match=True, originals=Answers(Mute({"Nice is in": "?"})))
     assert result.records[0]["post"]["locality"] == {"near_acc": [1.0], "near_em": [0.0]}
-
-
-def test_record_of_several_edits() -> None:
-    record = EditRecord("m", (EditRequest("a is", "b"), EditRequest("c is", "d")))
-    editor = Taught()
-    (result,) = evaluate(editor, BACKBONE, [record], 1, originals=Answers(Scripted({}))).records
-    assert editor.pools == [["a is", "c is"]]
-    assert [rewrite["target_new"] for rewrite in result["requested_rewrite"]] == ["b", "d"]
-    assert result["post"]["rewrite_acc"] == [1.0, 1.0]
 
 
 def chain(name: str, edit: tuple[str, str], *hops: tuple[str, str]) -> EditRecord:

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
+from modules.byte_tokenizer import byte_tokenizer
 from modules.editor import Edited, Editor, TargetScore
 
-BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
+BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu"), tokenizer=byte_tokenizer()))
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
@@ -24,11 +26,24 @@ def golden(name: str) -> dict[str, Any]:
 
 
 class Scripted(Edited):
-    """Says `generated` to prompts, and is sure of `forced` after prompts; to others "???"."""
+    """Says what is written down.
 
-    def __init__(self, generated: Mapping[str, str], forced: Mapping[str, str]) -> None:
-        self.generated, self.forced = generated, forced
+    Args:
+        generated: by prompt; to others "???".
+        forced: by prompt the text that it is sure of, or up to five, the likeliest first; else "???".
+        probabilities: by prompt and target, of each token of the target, which need not be letters then.
+    """
+
+    def __init__(
+        self,
+        generated: Mapping[str, str],
+        forced: Mapping[str, str | Sequence[str]],
+        probabilities: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    ) -> None:
+        self.backbone, self.context = BACKBONE, ""
+        self.generated, self.forced, self.probabilities = generated, forced, probabilities
         self.asked: list[str] = []
+        self.scored: list[tuple[str, str]] = []
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
         self.asked += prompts
@@ -37,12 +52,22 @@ class Scripted(Edited):
     def score(
         self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
     ) -> list[TargetScore]:
-        scores = []
-        for prompt, target in zip(prompts, targets, strict=True):
-            said = self.forced.get(prompt, "").ljust(len(target), "?")[: len(target)]
-            letters = [torch.tensor([ord(c) for c in text]) for text in (said, target)]
-            scores.append(TargetScore(torch.zeros(len(target)), *letters))
-        return scores
+        pairs = list(zip(prompts, targets, strict=True))
+        self.scored += pairs
+        return [self._score_one(prompt, target, top_k) for prompt, target in pairs]
+
+    def _score_one(self, prompt: str, target: str, top_k: int) -> TargetScore:
+        if self.probabilities is not None:
+            log_probs = torch.tensor(self.probabilities[prompt][target]).log()
+            return TargetScore(log_probs, torch.zeros(len(log_probs)), torch.zeros(len(log_probs)))
+        said = self.forced.get(prompt, ())
+        texts = [*([said] if isinstance(said, str) else said), "", "", "", "", ""][:5]
+        top = torch.stack([_letters(text.ljust(len(target), "?")[: len(target)]) for text in texts], 1)  # [n, 5]
+        return TargetScore(torch.zeros(len(target)), top[:, 0], _letters(target), top[:, :top_k])
+
+
+def _letters(text: str) -> Tensor:
+    return torch.tensor(BACKBONE.tokenizer(text)["input_ids"], dtype=torch.long)
 
 
 class Told(Editor):
