@@ -1,76 +1,50 @@
-"""zsRE's protocol: which tokens count, how questions are put, and MEMIT's own way of asking for one token at a time."""
+"""zsRE's protocol on two records whose answers are written down (tests/golden/protocol_zsre.json).
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+Worked out by hand. Tokens are letters; a record's value is over all tokens of its prompts of a sort, a figure the mean
+over records, the score the harmonic mean of three figures. Of several answers the first is scored.
+
+    lyon  efficacy     "Pera" of Peru                                  3/4
+          paraphrase   Peru 4/4 and "xexx" 1/4                         5/8
+          specificity  "Ann Poe" of Ann Lee 5/7 and 4 1/1              6/8, by prompts it would be 6/7
+    oslo  efficacy     Mali                                            4/4
+          paraphrase   "Repu" of Mali, though an alias begins so       0/4
+          specificity  "Adx" of Ada; asked though it names Lyon        2/3
+
+    efficacy (3/4 + 1) / 2 = 7/8    paraphrase (5/8 + 0) / 2 = 5/16    specificity (3/4 + 2/3) / 2 = 17/24
+    score 3 / (8/7 + 16/5 + 24/17) = 1785 / 3424 = 0.521320; of oslo alone it would be 0
+
+Beside it how questions are put, and MEMIT's own way of asking for one token at a time.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from datamodules.records import EditRecord, EditRequest, Query
+from datamodules.records import EditRequest, Query
 from modules.backbone import Backbone
-from modules.editor import Edited, Editor, TargetScore
+from modules.editor import Edited
 from modules.judging import evaluate_pools
 from modules.training_free.icl import Unedited
 from modules.zsre import ZSRE, ZSRE_PROTOCOLS
+from tests.modules.protocols.scripted import BACKBONE, Scripted, Told, figures, golden
 
-BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
-RECORD = EditRecord(
-    "lyon",
-    (EditRequest("Which country is Lyon in?", "Peru", "Lyon"),),
-    rephrases=(Query("What is Lyon's country?", ("Peru",)), Query("Lyon is in?", ("Peru",))),
-    locality={"nq": (Query("who wrote it", ("Ann Lee",)),), "other": (Query("2 + 2 =", ("4",)),)},
-)
-SAYS = {
-    "Which country is Lyon in?": "Pera",  # 3 of 4
-    "What is Lyon's country?": "Peru",
-    "Lyon is in?": "xexx",  # 5 of 8 with the one before
-    "nq question: who wrote it?": "Ann Poe",  # 5 of 7
-    "2 + 2 =": "4",  # 6 of 8 with the one before
-}
+GOLDEN = golden("protocol_zsre.json")
+RECORD = GOLDEN["records"][0]
 
 
-class Says(Editor):
-    """Predicts the written-down text, a token a letter."""
-
-    name = "says"
-    edits = 0
-
-    @contextmanager
-    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
-        self.edits += 1
-        yield Speaker()
+def told() -> Told:
+    return Told(Scripted({}, GOLDEN["forced"]))
 
 
-class Speaker(Edited):
-    def __init__(self) -> None:
-        self.backbone, self.context = BACKBONE, ""
-
-    def score(
-        self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
-    ) -> list[TargetScore]:
-        said = [SAYS[prompt] for prompt in prompts]
-        letters = [[torch.tensor([ord(c) for c in text]) for text in pair] for pair in zip(said, targets, strict=True)]
-        return [TargetScore(torch.zeros(len(target)), spoken, target) for spoken, target in letters]
-
-
-def test_every_figure_of_a_written_down_answer() -> None:
-    evaluation = evaluate_pools(ZSRE, Says(), BACKBONE, [RECORD], 1)
-    found = {name: cell["value"] for name, cell in evaluation.aggregates.items()}
-    efficacy, paraphrase, specificity = 3 / 4, (4 + 1) / 8, (5 + 1) / 8  # tokens of all prompts of a sort alike
-    assert found == pytest.approx(
-        {
-            "zsre/efficacy": efficacy,
-            "zsre/paraphrase": paraphrase,
-            "zsre/specificity": specificity,
-            "zsre/score": 3 / (1 / efficacy + 1 / paraphrase + 1 / specificity),
-        }
-    )
-    assert set(found) == set(ZSRE_PROTOCOLS)
+def test_golden_figures() -> None:
+    evaluation = evaluate_pools(ZSRE, told(), BACKBONE, GOLDEN["records"], 2)
+    assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
+    assert set(GOLDEN["figures"]) == set(ZSRE_PROTOCOLS)
     assert evaluation.records[0]["post"]["rewrite_prompts_correct"] == [True, True, True, False]
-    assert evaluation.settings["queries"] == 5
+    assert evaluation.settings["queries"] == 5 + 3
 
 
 def test_a_question_mark_that_is_there_is_not_doubled() -> None:
@@ -88,10 +62,10 @@ def test_a_question_mark_that_is_there_is_not_doubled() -> None:
     ],
 )
 def test_a_record_that_lacks_something_is_named_before_any_work(change: dict[str, Any], message: str) -> None:
-    editor = Says()
+    editor = told()
     with pytest.raises(ValueError, match=f"--protocol zsre: record 'bad' .*{message}"):
         evaluate_pools(ZSRE, editor, BACKBONE, [RECORD, replace(RECORD, id="bad", **change)], 2)
-    assert not editor.edits
+    assert not editor.made
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
