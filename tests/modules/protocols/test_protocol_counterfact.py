@@ -1,185 +1,68 @@
-"""CounterFact's protocol with written-down log-probabilities, and on a real model against the plainest reference."""
+"""CounterFact's protocol on two records whose probabilities are written down (tests/golden/protocol_counterfact.json).
+
+Worked out by hand. p of a target is exp(-mean NLL), the geometric mean of its tokens' probabilities.
+
+    lyon  own prompt   Japan sqrt(0.5 * 0.125) = 0.25, France 0.2                  won, by 0.05
+                       (their products are 0.0625 and 0.2)
+          paraphrases  0.1 and 0.4; 0.6 and cbrt(0.4 * 0.05 * 0.05) = 0.1          1/2; (-0.3 + 0.5) / 2 = 0.1
+          neighbours   0.2 and 0.3; 0.2 and 0.2, a tie, which counts for neither   1/2; (0.1 + 0) / 2 = 0.05
+    oslo  own prompt   0.2 and 0.2, a tie                                          lost, by 0
+          paraphrase   0.2 and 0.1                                                 1; 0.1
+          neighbour    0.1 and 0.2; asked though it names Lyon                     1; 0.1
+
+    ES (1 + 0) / 2    PS (1/2 + 1) / 2 = 0.75    NS (1/2 + 1) / 2 = 0.75: records weigh alike, by prompts PS were 2/3
+    EM (0.05 + 0) / 2 = 0.025    PM (0.1 + 0.1) / 2 = 0.1    NM (0.05 + 0.1) / 2 = 0.075
+    S 3 / (2 + 4/3 + 4/3) = 9/14 = 0.642857; the mean of the records' own would be (0.6 + 0) / 2
+
+Beside it a real model against the plainest reference.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from datamodules.records import EditRecord, EditRequest, Query
+from datamodules.records import EditRequest, Query
 from modules.backbone import Backbone
-from modules.byte_tokenizer import byte_tokenizer
 from modules.counterfact import COUNTERFACT, COUNTERFACT_PROTOCOLS, CounterFact
-from modules.editor import Edited, Editor, TargetScore
-from modules.fluency import References
 from modules.judging import evaluate_pools
 from modules.training_free.icl import InContext, RightEdit, Unedited
+from tests.modules.protocols.scripted import BACKBONE, Scripted, Told, figures, golden
 
-BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu")))
-PARAPHRASES = ("Where is Lyon? In", "Lyon lies in")
-NEIGHBOURS = ("Nice is in", "Metz is in")
-LYON = EditRecord(
-    "lyon",
-    (EditRequest("Lyon is in", "Japan", "Lyon", old_target="France"),),
-    rephrases=tuple(Query(p, ("Japan",)) for p in PARAPHRASES),
-    locality={"neighborhood": tuple(Query(p, ("France",)) for p in NEIGHBOURS), "other": (Query("2 + 2 =", ("4",)),)},
-)
-# probabilities of the tokens of a target, by prompt: (new target, old target)
-LYON_SAYS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "Lyon is in": ((0.5, 0.125), (0.2,)),  # sqrt(.5 * .125) = .25 > .2, though the product is .0625
-    PARAPHRASES[0]: ((0.1,), (0.4,)),
-    PARAPHRASES[1]: ((0.6,), (0.9, 0.1, 1 / 90)),  # cube root of .001 = .1
-    NEIGHBOURS[0]: ((0.2,), (0.3,)),
-    NEIGHBOURS[1]: ((0.2,), (0.2,)),  # equal: neither ROME nor MEMIT counts it
-}
+GOLDEN = golden("protocol_counterfact.json")
+LYON = GOLDEN["records"][0]
 
 
-class Scripted(Edited):
-    """Gives the tokens of targets the probabilities that are written down."""
-
-    def __init__(self, says: Mapping[tuple[str, str], Sequence[float]]) -> None:
-        self.backbone, self.context, self.says = BACKBONE, "", says
-        self.asked: list[tuple[str, str]] = []
-
-    def score(
-        self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
-    ) -> list[TargetScore]:
-        self.asked += zip(prompts, targets, strict=True)
-        logs = [torch.tensor(self.says[pair]).log() for pair in zip(prompts, targets, strict=True)]
-        return [TargetScore(log, torch.zeros(len(log)), torch.zeros(len(log))) for log in logs]
+def told(**changes: Any) -> Told:
+    """An editor after whose edits the probabilities are the golden file's, but for some prompts'."""
+    return Told(Scripted({}, {}, GOLDEN["probabilities"] | changes))
 
 
-class Writes(Editor):
-    """Yields a scripted model, whatever the edits are."""
-
-    name = "writes"
-
-    def __init__(self, *says: tuple[EditRecord, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> None:
-        self.says = {
-            (prompt, target): probabilities
-            for record, of in says
-            for prompt, pair in of.items()
-            for target, probabilities in zip((record.request.target, record.request.old_target), pair, strict=True)
-        }
-        self.model = Scripted(cast(Any, self.says))
-        self.pools: list[int] = []
-
-    @contextmanager
-    def edit(self, backbone: Backbone, requests: Sequence[EditRequest]) -> Iterator[Edited]:
-        self.pools.append(len(requests))
-        yield self.model
-
-
-def figures(evaluation: Any) -> dict[str, float]:
-    return {name.removeprefix("counterfact/"): cell["value"] for name, cell in evaluation.aggregates.items()}
-
-
-def test_every_figure_of_a_written_down_answer() -> None:
-    evaluation = evaluate_pools(COUNTERFACT, Writes((LYON, LYON_SAYS)), BACKBONE, [LYON], 1)
-    assert figures(evaluation) == pytest.approx(
-        {
-            "ES": 1.0,
-            "EM": 0.25 - 0.2,
-            "PS": 0.5,  # no, yes
-            "PM": ((0.1 - 0.4) + (0.6 - 0.1)) / 2,
-            "NS": 0.5,  # yes, a tie
-            "NM": ((0.3 - 0.2) + 0) / 2,
-            "S": 3 / (1 / 1 + 1 / 0.5 + 1 / 0.5),
-        },
-        abs=1e-6,
-    )
-    assert set(evaluation.aggregates) == set(COUNTERFACT_PROTOCOLS)
+def test_golden_figures() -> None:
+    editor = told()
+    evaluation = evaluate_pools(COUNTERFACT, editor, BACKBONE, GOLDEN["records"], 2)
+    assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
+    assert set(GOLDEN["figures"]) == set(COUNTERFACT_PROTOCOLS)
     assert all(set(cell) == {"value", "ci", "records"} for cell in evaluation.aggregates.values())
-    (result,) = evaluation.records
-    assert result["requested_rewrite"]["ground_truth"] == "France"
-    (own,) = result["post"]["rewrite_prompts_probs"]  # MEMIT's shape and unit: nats per token
+    lyon, oslo = evaluation.records
+    assert lyon["requested_rewrite"]["ground_truth"] == "France"
+    (own,) = lyon["post"]["rewrite_prompts_probs"]  # MEMIT's shape and unit: nats per token
     assert own == pytest.approx({"target_new": -math.log(0.25), "target_true": -math.log(0.2)})
-    assert [len(result["post"][f"{s}_prompts_probs"]) for s in ("paraphrase", "neighborhood")] == [2, 2]
-
-
-def test_means_are_over_records_and_the_score_is_of_them() -> None:
-    oslo = EditRecord(
-        "oslo",
-        (EditRequest("Oslo is in", "Peru", "Oslo", old_target="Norway"),),
-        rephrases=(Query("Oslo lies in", ("Peru",)),),
-        locality={"neighborhood": (Query("Bergen is in", ("Norway",)),)},
-    )
-    # fails at its own prompt, succeeds at its one paraphrase and its one neighbour
-    says = {"Oslo is in": ((0.1,), (0.2,)), "Oslo lies in": ((0.2,), (0.1,)), "Bergen is in": ((0.1,), (0.2,))}
-    editor = Writes((LYON, LYON_SAYS), (oslo, says))
-    evaluation = evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, oslo], 2)
-    found = figures(evaluation)
-    assert (found["ES"], found["PS"], found["NS"]) == (0.5, 0.75, 0.75)  # records weigh alike, not prompts
-    assert found["S"] == pytest.approx(9 / 14)  # 3 / (2 + 4/3 + 4/3); of record lyon .6, of record oslo 0
-    assert editor.pools == [2]
+    assert [len(lyon["post"][f"{sort}_prompts_probs"]) for sort in ("paraphrase", "neighborhood")] == [2, 2]
+    assert len(oslo["post"]["neighborhood_prompts_probs"]) == 1
+    assert [len(made) for made in editor.made] == [2]
     assert (evaluation.settings["records"], evaluation.settings["queries"]) == (2, 5 + 3)
 
 
-def test_a_neighbour_that_is_edited_too_is_asked_as_published() -> None:
-    metz = replace(
-        LYON,
-        id="metz",
-        requests=(EditRequest("Metz is in", "Chad", "Metz", old_target="France"),),
-        rephrases=(Query(PARAPHRASES[0], ("Chad",)),),
-    )
-    editor = Writes((LYON, LYON_SAYS), (metz, LYON_SAYS | {"Metz is in": ((0.9,), (0.2,))}))
-    evaluation = evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, metz], 2)
-    assert [len(r["post"]["neighborhood_prompts_probs"]) for r in evaluation.records] == [2, 2]
-    assert len(editor.model.asked) == len(set(editor.model.asked))  # each pair once
-    assert evaluation.settings["queries"] == 5  # prompts, the two records' together
-
-
-class Author(Scripted):
-    """Also writes what is written down."""
-
-    def __init__(self, says: Any, texts: Mapping[str, str]) -> None:
-        super().__init__(says)
-        self.texts = texts
-        self.backbone = cast(Backbone, SimpleNamespace(device=BACKBONE.device, tokenizer=byte_tokenizer()))
-
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
-        return [self.texts[prompt] for prompt in prompts]
-
-
-def test_what_it_writes_is_measured_on_request() -> None:
-    record = replace(LYON, generation=("a b", "a b", "x"), domain="P17", target_id="Q17")
-    other = replace(record, id="other", target_id="Q1")
-    editor = Writes((LYON, LYON_SAYS))
-    editor.model = Author(editor.says, {"a b": "a b a", "x": "yen z"})
-    references = References({("P17", "Q17"): ("sushi yen", "yen"), ("P17", "Q0"): ("peso",)})
-    evaluation = evaluate_pools(CounterFact(fluency=True, references=references), editor, BACKBONE, [record, other], 2)
-    # "a b a b a": 1 bit of bigrams; trigrams aba 2/3, bab 1/3; "x yen z": 1 bit of bigrams, 0 of trigrams
-    trigrams = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
-    twice, once = 1 / 3 * 1 + 2 / 3 * trigrams, 1 / 3 * 1
-    found = evaluation.aggregates
-    assert found["fluency/ngram_entropy"]["value"] == pytest.approx((2 * twice + once) / 3)
-    assert found["fluency/ngram_entropy"]["records"] == 2
-    # references: sushi once, yen twice; idf = ln((1 + 3) / (1 + df)) + 1; of the texts only yen is known
-    sushi, yen = math.log(4 / 2) + 1, math.log(4 / 3) + 1
-    assert found["consistency/tfidf_cosine"]["value"] == pytest.approx(2 * yen / math.hypot(sushi, 2 * yen))
-    assert found["consistency/tfidf_cosine"]["records"] == 1  # the other one's target has no texts
-    assert figures(evaluation)["ES"] == 1.0
-    posts = [result["post"] for result in evaluation.records]
-    assert posts[0]["text"] == ["a b a b a", "a b a b a", "x yen z"]
-    assert ["reference_score" in post for post in posts] == [True, False]
-    settings = evaluation.settings
-    assert (settings["fluency"], settings["reference_texts"], settings["records_without_references"]) == (True, 3, 1)
-    alone = evaluate_pools(CounterFact(fluency=True), editor, BACKBONE, [record], 1)
-    assert "consistency/tfidf_cosine" not in {*alone.aggregates, *CounterFact(fluency=True).definitions}
-    plain = evaluate_pools(COUNTERFACT, editor, BACKBONE, [record], 1)
-    assert not any("fluency" in name for name in (*plain.aggregates, *COUNTERFACT.definitions))
-
-
-def test_fluency_needs_prompts_and_texts_about_some_target() -> None:
-    with pytest.raises(ValueError, match="record 'lyon' has no generation prompts, which --fluency needs"):
-        CounterFact(fluency=True).check([LYON])
-    record = replace(LYON, generation=("a",), domain="P17", target_id="Q17")
-    with pytest.raises(ValueError, match="--references: the file has no text about the new attribute"):
-        CounterFact(fluency=True, references=References({("P17", "Q1"): ("x",)})).check([record])
+def test_a_prompt_of_two_records_is_asked_once() -> None:
+    again = replace(LYON, id="again", rephrases=LYON.rephrases[:1])
+    editor = told()
+    evaluation = evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, again], 2)
+    assert len(editor.model.scored) == len(set(editor.model.scored)) == 2 * 5
+    assert evaluation.settings["queries"] == 5
 
 
 @pytest.mark.parametrize(
@@ -195,14 +78,14 @@ def test_fluency_needs_prompts_and_texts_about_some_target() -> None:
     ],
 )
 def test_a_record_that_lacks_something_is_named_before_any_work(change: dict[str, Any], message: str) -> None:
-    editor = Writes((LYON, LYON_SAYS))
+    editor = told()
     with pytest.raises(ValueError, match=f"--protocol counterfact: record 'bad' .*{message}"):
         evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON, replace(LYON, id="bad", **change)], 2)
-    assert not editor.pools
+    assert not editor.made
 
 
 def test_a_model_that_its_edits_have_broken_is_not_measured() -> None:
-    editor = Writes((LYON, LYON_SAYS | {"Nice is in": ((0.2,), (0.3, math.nan))}))
+    editor = told(**{"Nice is in": {"Japan": [0.2], "France": [0.3, math.nan]}})
     with pytest.raises(ValueError, match=r"'France' after 'Nice is in' log-probabilities of .*nan"):
         evaluate_pools(COUNTERFACT, editor, BACKBONE, [LYON], 1)
 
@@ -221,7 +104,7 @@ def test_a_probability_is_that_of_the_whole_target_after_the_prompt(tiny: Callab
         return float(torch.nn.functional.cross_entropy(logits[-n - 1 : -1], ids[0, -n:]))
 
     (result,) = evaluation.records
-    prompts = {"rewrite": ["Lyon is in"], "paraphrase": ["Lyon lies in "], "neighborhood": NEIGHBOURS}
+    prompts = {"rewrite": ["Lyon is in"], "paraphrase": ["Lyon lies in "], "neighborhood": ["Nice is in", "Metz is in"]}
     for sort, of in prompts.items():
         expected = [{"target_new": nll(p, "Japan"), "target_true": nll(p, "France")} for p in of]
         assert result["post"][f"{sort}_prompts_probs"] == [pytest.approx(e, rel=1e-4) for e in expected]
