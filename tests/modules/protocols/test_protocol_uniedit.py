@@ -1,10 +1,31 @@
-"""UniEdit's protocol with scripted models, whose five likeliest tokens are written down, and with real editors."""
+"""UniEdit's protocol on two records whose likeliest answers are written down (tests/golden/protocol_uniedit.json).
+
+Worked out by hand. Tokens are letters; each place of a target has the letters that the texts have there, five at most.
+
+    lyon  edit      "Japon" of Japan, the argmax alone                                                  4/5
+          Rep, SA   Chile, Jaxxx, xxpan: J, a, p, a, n are each in one of them                          5/5
+          MH        rests on Tokyo, which is unknown: edited in first; then Paris, Tokyo                5/5
+          SER       "No ", Yes: of a yes/no question the first alone                                    0/3
+          RS        was Italy; now Latio, Itxxx, xxaxx: I, t, a                                         3/5
+    oslo  edit      Peru                                                                                4/4
+          flag      no criteria, so portability of its kind: Lima has only L in the five likeliest
+                    texts, the sixth counts nothing; its alias Lxxx is not asked                        1/4
+          multi-hop Dxxx, xixx of Dina                                                                  2/4
+          OS        rests on lyon's fact the other way round: left out
+          SER, SS   was Yes; now "Yeo", oos: the first alone                                            2/3
+          no rephrases, and no questions with criteria: no generality
+
+    reliability (4/5 + 1) / 2 = 0.9      generality (1 + 1 + 0) / 3, of lyon alone
+    locality    (3/5 + 2/3) / 2 = 0.633333
+
+Beside it when hops are made, and real editors.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,30 +41,9 @@ from modules.judging import evaluate_pools
 from modules.modes import consecutive
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from modules.uniedit import UNIEDIT_PROTOCOLS, UniEdit, kept, within, without_known_facts
+from tests.modules.protocols.scripted import BACKBONE, Scripted, figures, golden
 
-TOKENIZER = SimpleNamespace(decode=lambda ids: chr(ids[0]))
-BACKBONE = cast(Backbone, SimpleNamespace(device=torch.device("cpu"), tokenizer=TOKENIZER))
-
-
-class Scripted(Edited):
-    """One token a letter. Of a prompt it knows up to five continuations, the likeliest first; else '?' and no other."""
-
-    def __init__(self, says: dict[str, tuple[str, ...]]) -> None:
-        self.backbone, self.says = BACKBONE, says
-        self.asked: list[str] = []
-
-    def score(
-        self, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 32, top_k: int = 0
-    ) -> list[TargetScore]:
-        self.asked += prompts
-        scores = []
-        for prompt, target in zip(prompts, targets, strict=True):
-            n = len(target)
-            known = [text.ljust(n, "?")[:n] for text in self.says.get(prompt, ())] + ["?" * n] * 5
-            top = torch.tensor([[ord(text[i]) for text in known[:5]] for i in range(n)])
-            wanted = torch.tensor([ord(c) for c in target])
-            scores.append(TargetScore(torch.zeros(n), top[:, 0], wanted, top[:, :top_k]))
-        return scores
+GOLDEN = golden("protocol_uniedit.json")
 
 
 class Taught(Editor):
@@ -56,7 +56,7 @@ class Taught(Editor):
 
     name = "taught"
 
-    def __init__(self, rules: list[tuple[set[str], str, tuple[str, ...]]], further: bool = True) -> None:
+    def __init__(self, rules: Sequence[tuple[set[str], str, Sequence[str]]], further: bool = True) -> None:
         self.rules, self.further = rules, further
         self.made: list[tuple[str, ...]] = []
         self.now: list[tuple[str, ...]] = []
@@ -71,65 +71,43 @@ class Taught(Editor):
     def pushed(self, requests: Sequence[EditRequest]) -> Iterator[Edited]:
         self.now.append(tuple(r.prompt for r in requests))
         self.made.append(self.now[-1])
-        says = {r.prompt: (r.target,) for r in requests}
+        says: dict[str, Sequence[str]] = {r.prompt: (r.target,) for r in requests}
         says |= {prompt: said for need, prompt, said in self.rules if need <= set(self.made[-1])}
-        edited = Scripted(says)
+        edited = Scripted({}, says)
         if self.further:
             edited.edit = lambda more: self.pushed([*requests, *more])  # type: ignore[method-assign]
         yield edited
         self.now.pop()
 
 
-JAPAN, TOKYO = EditRequest("Lyon is in", "Japan", fact=("Lyon", "Japan")), EditRequest("Capital of Japan:", "Tokyo")
-TWO_HOPS = Query("Capital of Lyon's country:", ("Tokyo",), (TOKYO,), ("MH",))
-SAME = Query("Same country? The answer is (Yes/No):", ("Yes",), (), ("SER",))
-LOCAL = Query("Rome is in", ("Italy",), (EditRequest("Rome is in", "Italy", fact=("Rome", "Italy")),), ("RS",))
-RECORD = EditRecord(
-    "lyon",
-    (JAPAN,),
-    rephrases=(Query("Where is Lyon?", ("Japan",), (), ("Rep", "SA")),),
-    locality={"relation": (LOCAL,)},
-    portability={"multi_hop": (TWO_HOPS,), "same_entity": (SAME,)},
-)
-RULES: list[tuple[set[str], str, tuple[str, ...]]] = [
-    (set(), "Lyon is in", ("Japon",)),
-    (set(), "Where is Lyon?", ("Chile", "Jaxxx", "xxpan")),
-    (set(), SAME.prompt, ("No ", "Yes")),
-    (set(), "Rome is in", ("Latio", "Itxxx", "xxaxx")),
-    ({TOKYO.prompt}, TWO_HOPS.prompt, ("Paris", "Tokyo")),
+RECORD = GOLDEN["records"][0]
+TWO_HOPS = RECORD.portability["multi_hop"][0]
+JAPAN, TOKYO = RECORD.request, TWO_HOPS.hops[0]
+RULES: list[tuple[set[str], str, Sequence[str]]] = [
+    *((set(), prompt, said) for prompt, said in GOLDEN["edited"].items()),
+    *(({hop}, prompt, said) for hop, of in GOLDEN["with_hop"].items() for prompt, said in of.items()),
 ]
-ORIGINAL = {"Rome is in": ("Italy",)}
+
+
+def originals() -> Answers:
+    return Answers(Scripted({}, GOLDEN["unedited"]))
 
 
 def run(editor: Editor, records: Sequence[EditRecord] = (RECORD,), size: int = 1, **more: Any) -> Any:
-    return evaluate_pools(UniEdit(Answers(Scripted(ORIGINAL))), editor, BACKBONE, records, size, **more)
-
-
-def figures(evaluation: Any) -> dict[str, float]:
-    return {name: cell["value"] for name, cell in evaluation.aggregates.items()}
+    return evaluate_pools(UniEdit(originals()), editor, BACKBONE, records, size, **more)
 
 
 @pytest.mark.parametrize("further", [True, False])
-def test_every_figure_of_a_written_down_answer(further: bool) -> None:
-    evaluation = run(Taught(RULES, further))
-    assert figures(evaluation) == pytest.approx(
-        {
-            "reliability/token_accuracy": 0.8,  # Japon
-            "generality/uniedit_top_5": (1 + 1 + 0) / 3,
-            "generality/Rep/uniedit_top_5": 1.0,  # each letter is in one of the five
-            "generality/SA/uniedit_top_5": 1.0,
-            "generality/MH/uniedit_top_5": 1.0,  # only with the hop
-            "generality/SER/uniedit_top_5": 0.0,  # of a yes/no question the first one counts
-            "locality/uniedit_top_5": 0.6,  # It, a
-            "locality/RS/uniedit_top_5": 0.6,
-        },
-        abs=1e-6,
-    )
+def test_golden_figures(further: bool) -> None:
+    evaluation = run(Taught(RULES, further), GOLDEN["records"], 2)
+    assert figures(evaluation) == pytest.approx(GOLDEN["figures"], abs=1e-6)
     assert evaluation.settings["hops_made"] == ("further" if further else "together")
     assert (evaluation.settings["queries_with_unknown_hops"], evaluation.settings["hops_edited"]) == (1, 1)
+    assert [record["left_out"] for record in evaluation.records] == [0, 1]
     asked = evaluation.records[0]["post"]["generality"]
     assert [(a["hops"], a["hops_edited"]) for a in asked] == [(0, 0), (1, 1), (0, 0)]
     assert set(evaluation.aggregates["locality/uniedit_top_5"]) == {"value", "ci", "records"}
+    assert evaluation.aggregates["generality/uniedit_top_5"]["records"] == 1
     assert {name.replace("/MH/", "/<criterion>/") for name in figures(evaluation) if "MH" in name} <= set(
         UNIEDIT_PROTOCOLS
     )
@@ -253,7 +231,7 @@ def test_real_editors_on_generated_facts(tiny_gists: Callable[..., GistModel], m
 
 def test_editing_one_after_another_takes_hops_back() -> None:
     other = replace(RECORD, id="oslo", requests=(EditRequest("Oslo is in", "Peru", fact=("Oslo", "Peru")),))
-    editor, judge = Taught(RULES), UniEdit(Answers(Scripted(ORIGINAL)))
+    editor, judge = Taught(RULES), UniEdit(originals())
     found = consecutive(editor, BACKBONE, [RECORD, other], 1, [1], judge)
     first = run(Taught(RULES))
     assert found[0].evaluation.records == first.records
@@ -264,6 +242,6 @@ def test_editing_one_after_another_takes_hops_back() -> None:
 
 
 def test_hops_that_cannot_be_taken_back_are_refused_where_edits_stay() -> None:
-    judge = UniEdit(Answers(Scripted(ORIGINAL)))
+    judge = UniEdit(originals())
     with pytest.raises(NotImplementedError, match=r"taught cannot edit on top of edits.*--mode single or batch"):
         consecutive(Taught(RULES, further=False), BACKBONE, [RECORD], 1, [1], judge)
