@@ -75,7 +75,8 @@ class UniEdit(Judge):
     """UniEdit's protocol. The seconds spent on hops count as answering.
 
     Against the released code: locality is left out for collisions within a pool, not within all records at once; all
-    hops of a question are looked at before the first of them is edited in, and are then made in one call.
+    hops of a question are looked at before the first of them is edited in, and are then made in one call; a figure is a
+    mean over records, not the released `mean_acc`, which is one over the data's sub-metrics, each over its questions.
 
     Args:
         originals: the unedited model's answers, kept over calls.
