@@ -10,7 +10,8 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import cached_property
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from modules.training_free.known import KNOWN, known_as
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "training_free"
 Spec = dict[str, Any] | str
-WHOLE = 1 << 26  # bytes up to which a file is read to the end to know it again
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,21 @@ class TrainingFree:
 
 @dataclass(frozen=True)
 class Chosen:
-    """An editor, and what it was made of: two of the same facts give the same results.
+    """An editor, and what it was made of.
 
     Args:
         editor: ready to edit.
-        facts: JSON values.
+        made_of: JSON values, or the folder that it was exported to.
     """
 
     editor: Editor
-    facts: dict[str, Any]
+    made_of: dict[str, Any] | Path
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """JSON values: two editors of the same facts give the same results. An exported one is read to the end when
+        they are first asked for, which not every command does, and no worker process."""
+        return {"export": _digest(self.made_of)} if isinstance(self.made_of, Path) else self.made_of
 
 
 def training_free(spec: Spec) -> TrainingFree:
@@ -154,7 +160,7 @@ def choose(
     chosen = []
     for one in wanted:
         if isinstance(one, Path):
-            chosen.append(Chosen((exported or {}).get(one) or load_editor(one), {"export": _digest(one)}))
+            chosen.append(Chosen((exported or {}).get(one) or load_editor(one), one))
         else:
             facts = {"class_path": f"{one.kind.__module__}.{one.kind.__qualname__}"}
             facts |= {"init_args": one.resolved(known_as(backbone))}
@@ -240,14 +246,11 @@ def refuse_twins(names: Sequence[str]) -> None:
 
 
 def _digest(folder: Path) -> str:
-    """A hash of the files of an exported editor; of a large one its size, time of change and first part, since reading
-    a language model takes longer than most of what is done with it."""
+    """A hash of all that an exported editor's files are called and hold, so that a copy is the same editor. It reads
+    half a gigabyte to two a second, as the hash of the backbone's weights that stands beside it does."""
     digest = sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        about = path.stat()
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
-            digest.update(file.read(WHOLE))
-        if about.st_size > WHOLE:
-            digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+            file_digest(file, lambda: digest)
     return digest.hexdigest()

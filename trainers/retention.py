@@ -144,6 +144,7 @@ class _At:
 
 def _continued(out: Path, fresh: Report, editors: Sequence[Chosen]) -> Report:
     """A new report, with what an earlier one of the same setup holds of editors that it had finished."""
+    facts = {c.editor.name: c.facts for c in editors}  # asked now: once they have run, a folder may hold another one
     try:
         old = json.loads(out.read_text(encoding="utf-8"))
         same = old["meta"]["setup"] == fresh["meta"]["setup"]
@@ -151,7 +152,7 @@ def _continued(out: Path, fresh: Report, editors: Sequence[Chosen]) -> Report:
         return fresh
     for chosen in editors:
         name = chosen.editor.name
-        if same and old["finished"].get(name) == chosen.facts:
+        if same and old["finished"].get(name) == facts[name]:
             for part in ("aggregate", "runs", "records", "curves", "finished"):
                 fresh[part][name] = old[part][name]
     return fresh

@@ -1,7 +1,10 @@
 """Editors by what a user writes: every shipped file for every known model, changes, and errors of one line."""
 
+import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -11,9 +14,9 @@ from deltas import Nudge
 from modules.backbone import Backbone
 from modules.editor import Editor
 from modules.training_free import known
-from modules.training_free.icl import InContext
+from modules.training_free.icl import InContext, Unedited
 from modules.training_free.known import KNOWN, Size, known_as
-from trainers.editors import FOLDER, choose, known_names, read, training_free
+from trainers.editors import FOLDER, Chosen, choose, known_names, read, training_free
 
 NUDGE = {
     "class_path": "deltas.Nudge",
@@ -144,3 +147,20 @@ def test_a_mapping_of_numbers_is_replaced_as_a_whole() -> None:
     """Contexts of 10 tokens in place of those of 5 and of 10, not beside them."""
     counts = training_free({"editor": "rome", "contexts": {"counts": {10: 5}}}).resolved(None)["contexts"]["counts"]
     assert counts == {"10": 5}
+
+
+def test_an_exported_editor_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
+    large = bytes(range(256)) * 5000  # more than is read at once
+    (tmp_path / "one" / "scope").mkdir(parents=True)
+    (tmp_path / "one" / "editor.json").write_bytes(b"{}")
+    (weights := tmp_path / "one" / "scope" / "model.safetensors").write_bytes(large)
+    facts = Chosen(Unedited(), tmp_path / "one").facts
+    # results are kept by this hash: another formula would have all of them computed anew
+    assert facts == {"export": sha256(b"editor.json{}scope/model.safetensors" + large).hexdigest()}
+    copy = copytree(tmp_path / "one", tmp_path / "two")
+    os.utime(copy / "scope" / "model.safetensors", (1, 1))
+    assert Chosen(Unedited(), copy).facts == facts
+    times = weights.stat()
+    weights.write_bytes(large[:-1] + b"!")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert Chosen(Unedited(), tmp_path / "one").facts != facts
