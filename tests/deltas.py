@@ -118,6 +118,24 @@ class Nudge(Editor):
         yield NudgedModel(self, backbone, requests, self.terms(backbone, requests, {}))
 
 
+class Dies(Nudge):
+    """A `Nudge` whose process is killed by an edit on top of so many.
+
+    Args:
+        layers: see `Nudge`.
+        after: edits in force.
+    """
+
+    def __init__(self, layers: list[int], after: int) -> None:
+        super().__init__(layers)
+        self.after = after
+
+    def terms(self, backbone: Backbone, requests: Sequence[EditRequest], old: dict[str, LowRank]) -> dict[str, LowRank]:
+        if sum(term.a.shape[1] for term in old.values()) >= self.after * len(self.layers):
+            harm(backbone, "kill")
+        return super().terms(backbone, requests, old)
+
+
 def harm(backbone: Backbone, how: str) -> None:
     """What a careless editor leaves behind when it fails."""
     model = backbone.model

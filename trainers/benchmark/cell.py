@@ -1,6 +1,5 @@
 """One cell of a benchmark: edit, evaluate, and keep what a reader of the results wants to see."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,11 +7,10 @@ from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, questions
-from modules.judging import Evaluation, Judge, evaluate_pools
-from modules.modes import Checkpoint, consecutive
+from modules.judging import Evaluation, evaluate_pools
+from modules.modes import consecutive
 from trainers.benchmark.grid import Cell
 
-log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 NEW_TOKENS = 16  # of an answer that is kept for reading
 
@@ -24,6 +22,7 @@ def run_cell(
     originals: Answers,
     shown: int,
     tell: Progress,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """The result of a cell as JSON values.
 
@@ -31,74 +30,23 @@ def run_cell(
         originals: the unedited model's answers, which other cells have use of too.
         shown: of so many records, generated answers are kept.
         tell: called with the number of records done since the last call.
+        keep: called with the result so far at each number of edits that is reached: hours may lie between two.
 
     Returns:
         `points`: an entry for each number of edits, with `edits`, `metrics` (as modules.metrics.summarise),
-        `edit_seconds`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see `_read`; `memory` in
-        bytes: before and at the peak; `error`, where a run of several numbers of edits failed after the first of them.
+        `edit_seconds`, `edit_bytes`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see `_read`.
     """
     judge, seed = cell.judging.judge(originals, cell.about["batch_size"]), cell.about["seed"]
-    _read(Edited(backbone), cell.records[:shown], before := {})
-    failed: dict[str, str] = {}
-    if cell.mode in ("sequential", "consecutive"):
-        points, after = _consecutive(cell, editor, backbone, judge, seed, shown, tell, failed)
-    else:
-        points, after = _at_once(cell, editor, backbone, judge, seed, shown, tell)
-    answers = [
-        {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after[at]}
-        for at, text in before.items()
-        if at in after  # else it was not asked: another record of its pool would have made it ambiguous
-        for record, kind, prompt, gold in [at]
-    ]
-    return {"points": points, "answers": answers} | failed
-
-
-def in_words(error: Exception) -> dict[str, str]:
-    """A failure as a result tells it."""
-    return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _at_once(
-    cell: Cell,
-    editor: Editor,
-    backbone: Backbone,
-    judge: Judge,
-    seed: int,
-    shown: int,
-    tell: Progress,
-) -> tuple[list[dict[str, Any]], dict[Any, str]]:
-    after: dict[Any, str] = {}
-    wanted = {record.id for record in cell.records[:shown]}
-
-    def look(edited: Edited, records: Sequence[EditRecord]) -> None:
-        _read(edited, [r for r in records if r.id in wanted], after)
-
-    size = 1 if cell.mode == "single" else len(cell.records)
-    evaluation = evaluate_pools(
-        judge, editor, backbone, cell.records, size, seed, progress=tell, look=look, asked=cell.asked
-    )
-    return [_point(evaluation, len(cell.records) if cell.mode == "batch" else 1, {})], after
-
-
-def _consecutive(
-    cell: Cell,
-    editor: Editor,
-    backbone: Backbone,
-    judge: Judge,
-    seed: int,
-    shown: int,
-    tell: Progress,
-    failed: dict[str, str],
-) -> tuple[list[dict[str, Any]], dict[Any, str]]:
-    """Points and answers; after a failure the points until then, and the failure in `failed`."""
     points: list[dict[str, Any]] = []
+    before: dict[Any, str] = {}
     after: dict[Any, str] = {}
+    _read(Edited(backbone), cell.records[:shown], before)
 
-    def at(reached: Checkpoint) -> None:
-        norms = {name: n._asdict() for name, n in reached.norms.items()}
-        points.append(_point(reached.evaluation, reached.evaluation.pool_size, norms))
+    def reached(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> None:
+        points.append(_point(evaluation, edits, norms))
+        keep(_so_far(points, before, after))
 
-    try:
+    if cell.mode in ("sequential", "consecutive"):
         consecutive(
             editor,
             backbone,
@@ -108,15 +56,41 @@ def _consecutive(
             judge,
             seed,
             progress=tell,
-            at_checkpoint=at,
+            at_checkpoint=lambda at: reached(
+                at.evaluation, at.evaluation.pool_size, {name: n._asdict() for name, n in at.norms.items()}
+            ),
             at_end=lambda edited: _read(edited, cell.records[:shown], after),
         )
-    except Exception as error:  # the numbers of edits that were reached may have taken hours
-        if not points:
-            raise
-        log.debug("%s failed after %d edits", cell.name, points[-1]["edits"], exc_info=True)
-        failed |= in_words(error)
-    return points, after
+    else:
+        wanted = {record.id for record in cell.records[:shown]}
+        evaluation = evaluate_pools(
+            judge,
+            editor,
+            backbone,
+            cell.records,
+            1 if cell.mode == "single" else len(cell.records),
+            seed,
+            progress=tell,
+            look=lambda edited, records: _read(edited, [r for r in records if r.id in wanted], after),
+            asked=cell.asked,
+        )
+        reached(evaluation, len(cell.records) if cell.mode == "batch" else 1, {})
+    return _so_far(points, before, after)
+
+
+def in_words(error: Exception) -> dict[str, str]:
+    """A failure as a result tells it."""
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _so_far(points: list[dict[str, Any]], before: dict[Any, str], after: dict[Any, str]) -> dict[str, Any]:
+    answers = [
+        {"record": record, "kind": kind, "prompt": prompt, "gold": gold, "before": text, "after": after[at]}
+        for at, text in before.items()
+        if at in after  # else it was not asked: another record of its pool would have made it ambiguous
+        for record, kind, prompt, gold in [at]
+    ]
+    return {"points": points, "answers": answers}
 
 
 def _point(evaluation: Evaluation, edits: int, norms: dict[str, Any]) -> dict[str, Any]:

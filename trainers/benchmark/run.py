@@ -1,6 +1,6 @@
 """Run the cells of a benchmark that are not there yet, by one process or several, and write what all of them say.
 
-out/cells/<data set>/<run>/<editor>.json   one cell, whole or not there, with per-record results in EasyEdit's shape
+out/cells/<data set>/<run>/<editor>.json   one cell, with per-record results in EasyEdit's shape (files.py)
 out/results.csv                            every metric of every cell, a line each
 out/tables.md, out/tables.tex              as in papers: editors down, metrics across
 out/figures/*.png                          over the number of edits; generality against locality; time and memory
@@ -10,8 +10,6 @@ out/answers.html                           answers side by side; opens without a
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,16 @@ from datamodules.sources import load
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.evaluation import Answers
-from modules.export import versions
 from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.cell import in_words, run_cell
 from trainers.benchmark.figures import write_figures
+from trainers.benchmark.files import UNFINISHED, Files
 from trainers.benchmark.grid import Benchmark, Cell, matching, spans
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
-from trainers.report import command_line, hardware, write_json
+from trainers.report import command_line, hardware
 from trainers.result_cache import code
 from trainers.workers import Specs, built, spread
 
@@ -79,7 +77,7 @@ def run_benchmark(
 
     A finished cell is kept whatever code computed it, and says by which (`trainers.result_cache.code`). A cell that
     fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again;
-    until then it keeps the numbers of edits that it reached.
+    until then it keeps the numbers of edits that it reached (`trainers.benchmark.files`).
 
     Args:
         records: of each data set, see `records_of`.
@@ -91,9 +89,10 @@ def run_benchmark(
         The results of all cells, in the grid's order; of one that was not run, what it is of.
     """
     console = console or Console()
-    out, now, on = Path(benchmark.out), code(), hardware(backbone.device)
+    out, now = Path(benchmark.out), code()
+    files = Files(out, now, command_line())
     cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
-    kept = {cell: found for cell in cells if (found := _kept(cell, out)) is not None}
+    kept = {cell: found for cell in cells if (found := files.read(cell)) is not None}
     done = {cell: found for cell, found in kept.items() if "error" not in found}
     left = [cell for cell in matching(cells, benchmark.only) if cell not in done]
     if done:
@@ -108,13 +107,12 @@ def run_benchmark(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=sum(map(_work, left)))
-        for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, shown, task), 1):
-            made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": on}
-            write_json(cell.file(out), {"key": cell.key(), "code": now, **made, **_about(cell, backbone), **result})
-            kept[cell] = _kept(cell, out) or result
+        for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, files, shown, task), 1):
+            files.write(cell, backbone, result)
+            kept[cell] = files.read(cell) or result
             error = f": {result['error']}" if "error" in result else ""
             console.print(f"[{n}/{len(left)}] {cell.name}{error}", style="red" if error else "", highlight=False)
-    results = [{**_about(cell, backbone), **kept.get(cell, {})} for cell in cells]
+    results = [{**files.about(cell, backbone), **kept.get(cell, {})} for cell in cells]
     write_csv(results, out / "results.csv")
     write_tables(results, out)
     write_figures(results, out / "figures")
@@ -168,6 +166,7 @@ def _results(
     backbone: Backbone,
     editors: Sequence[Chosen],
     left: Sequence[Cell],
+    files: Files,
     shown: Progress,
     task: Any,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -180,16 +179,12 @@ def _results(
         for cell in left:
             shown.update(task, description=cell.name)
             start = shown.tasks[0].completed
-            yield (
-                cell,
-                _safely(
-                    cell, known[cell.editor], backbone, originals, benchmark.answers, lambda n: shown.advance(task, n)
-                ),
-            )
+            tell = partial(shown.advance, task)
+            yield cell, _safely(cell, known[cell.editor], backbone, originals, benchmark.answers, files, tell)
             shown.update(task, completed=start + _work(cell))
         return
     shown.update(task, description=f"{workers} processes")
-    for cell, result in spread(partial(_in_worker, answers=benchmark.answers), left, specs, workers):
+    for cell, result in spread(partial(_in_worker, answers=benchmark.answers, files=files), left, specs, workers):
         shown.advance(task, _work(cell))
         yield cell, {"error": KILLED} if result is None else result
 
@@ -197,16 +192,21 @@ def _results(
 _originals: list[Answers] = []  # of a worker process: the unedited model is asked each question once
 
 
-def _in_worker(cell: Cell, answers: int) -> dict[str, Any]:
+def _in_worker(cell: Cell, answers: int, files: Files) -> dict[str, Any]:
     backbone, known = built()
     if not _originals:
         _originals.append(Answers(Edited(backbone)))
-    return _safely(cell, known[cell.editor], backbone, _originals[0], answers, lambda _: None)
+    return _safely(cell, known[cell.editor], backbone, _originals[0], answers, files, lambda _: None)
 
 
-def _safely(cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, tell: Any) -> dict[str, Any]:
+def _safely(
+    cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, files: Files, tell: Any
+) -> dict[str, Any]:
+    def keep(found: dict[str, Any]) -> None:
+        files.write(cell, backbone, found | {"error": UNFINISHED})
+
     try:
-        found = run_cell(cell, editor, backbone, originals, answers, tell)
+        found = run_cell(cell, editor, backbone, originals, answers, tell, keep)
     except Exception as error:  # whatever one cell does, the others' hours of work go on
         log.debug("%s failed", cell.name, exc_info=True)
         found = in_words(error)
@@ -218,32 +218,3 @@ def _work(cell: Cell) -> int:
     if cell.mode in ("sequential", "consecutive"):
         return len(cell.records) + sum(cell.edits)
     return len(cell.records)
-
-
-def _about(cell: Cell, backbone: Backbone) -> dict[str, Any]:
-    return {
-        "dataset": cell.dataset,
-        "editor": cell.editor,
-        "mode": cell.mode,
-        "batch": cell.batch,
-        "edits": list(cell.edits),
-        "asked": cell.asked,
-        "protocol": cell.about["protocol"],
-        "queries_per_kind": cell.queries_per_kind,
-        "seed": cell.about["seed"],
-        "facts": cell.facts,
-        "files": cell.files,
-        "backbone": asdict(backbone.config),
-        "versions": versions(),
-        "command": command_line(),
-    }
-
-
-def _kept(cell: Cell, out: Path) -> dict[str, Any] | None:
-    """The cell's result, or its failure, where it is there and of the same setup."""
-    try:
-        found = json.loads(cell.file(out).read_text(encoding="utf-8"))
-        same = cell.holds(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return found if same else None

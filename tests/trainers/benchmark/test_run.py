@@ -6,61 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from small_grid import FACTS, cells, config
 
 from modules.backbone import BackboneConfig
-from modules.editor import Editor
 from trainers import evaluate as evaluate_command
 from trainers import workers
-from trainers.benchmark import cell as benchmark_cell
 from trainers.benchmark import run as benchmark_run
 from trainers.command import run
 from trainers.evaluate import evaluate
 from trainers.result_cache import code
 from trainers.workers import Specs, nth_device, spread
 
-FACTS = {"format": "facts", "options": {"split": "test"}}
-
-
-def config(folder: Path, **more: Any) -> Path:
-    given: dict[str, Any] = {
-        "backbone": {
-            "source": "random:llama",
-            "overrides": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-            },
-        },
-        "benchmark": {
-            "out": str(folder / "out"),
-            "datasets": {"facts": {"data": [FACTS], "queries_per_kind": 1}},
-            "runs": [
-                {"mode": "single", "edits": [2]},
-                {"mode": "batch", "edits": [2, 4]},
-                {"mode": "consecutive", "edits": [2, 4], "batch": 2},
-            ],
-            "answers": 2,
-            "workers": 1,
-        },
-        "baselines": ["unedited", "icl_right_edit"],
-        "editor": [{"editor": "ft_m", "layers": [1], "steps": 3}],
-    }
-    file = folder / "benchmark_tiny.yaml"
-    file.write_text(yaml.safe_dump(given | more))
-    return file
-
 
 def grid(edits: list[int], **dataset: Any) -> dict[str, Any]:
     runs = [{"mode": "batch", "edits": edits}]
     return {"datasets": {"facts": {"data": [FACTS], **dataset}}, "runs": runs, "out": "nowhere/out"}
-
-
-def cells(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted((folder / "out" / "cells").rglob("*.json"))
-    return {str(f.relative_to(folder / "out" / "cells")): json.loads(f.read_text()) for f in files}
 
 
 def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
@@ -178,88 +138,6 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     one, two = cells(tmp_path / "one"), cells(tmp_path / "two")
     assert set(one) == set(two)
     assert {n: without_times(c) for n, c in one.items()} == {n: without_times(c) for n, c in two.items()}
-
-
-def test_a_cell_that_fails_is_named_and_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = benchmark_run.run_cell
-
-    def fails(cell: Any, *rest: Any) -> dict[str, Any]:
-        if cell.editor == "ft_m":
-            raise RuntimeError("out of luck")
-        return real(cell, *rest)
-
-    monkeypatch.setattr(benchmark_run, "run_cell", fails)
-    file = config(tmp_path)
-    run(evaluate, [f"--config={file}"])
-    said = capsys.readouterr().out
-    assert said.count("RuntimeError: out of luck") == 4
-    tables = (tmp_path / "out" / "tables.md").read_text()
-    assert "ft_m failed: RuntimeError: out of luck" in tables
-    run(evaluate, [f"--config={file}", "--benchmark.only=[]"])
-    assert "7 of 11 cells are finished" in capsys.readouterr().out
-    assert (tmp_path / "out" / "tables.md").read_text() == tables  # a failure is told until it is mended
-    monkeypatch.setattr(benchmark_run, "run_cell", real)
-    run(evaluate, [f"--config={file}"])
-    assert "7 of 11 cells are finished" in capsys.readouterr().out
-    assert "failed" not in (tmp_path / "out" / "tables.md").read_text()
-
-
-def test_a_run_that_fails_late_keeps_what_it_reached(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = benchmark_cell.consecutive
-    told = iter((2, 2))  # records edited, and evaluated
-
-    def fails(editor: Editor, *rest: Any, **named: Any) -> Any:
-        def progress(_: int) -> None:
-            if editor.name == "ft_m" and next(told, None) is None:
-                raise RuntimeError("out of luck")
-
-        return real(editor, *rest, **named | {"progress": progress})
-
-    monkeypatch.setattr(benchmark_cell, "consecutive", fails)
-    file = config(tmp_path)
-    run(evaluate, [f"--config={file}", "--benchmark.only=['*/consecutive-*']"])
-    found = cells(tmp_path)["facts/consecutive-2-4-by2/ft_m.json"]
-    assert [p["edits"] for p in found["points"]] == [2]
-    assert found["points"][0]["edit_bytes"] >= 0
-    assert found["error"] == "RuntimeError: out of luck"
-    tables = (tmp_path / "out" / "tables.md").read_text().split("## ")
-    two, four = (next(t for t in tables if t.startswith(f"facts, consecutive by 2, {n} edits")) for n in (2, 4))
-    assert "| ft_m | " in two
-    assert "failed" not in two
-    assert "| ft_m | " not in four
-    assert "ft_m failed: RuntimeError: out of luck" in four
-    monkeypatch.setattr(benchmark_cell, "consecutive", real)
-    capsys.readouterr()
-    run(evaluate, [f"--config={file}", "--benchmark.only=['*/consecutive-*']"])
-    assert "1 of 11 cells are finished" in capsys.readouterr().out  # the failed one is tried again
-    assert [p["edits"] for p in cells(tmp_path)["facts/consecutive-2-4-by2/ft_m.json"]["points"]] == [2, 4]
-
-
-def test_a_worker_that_is_killed_loses_its_cell_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nudge = {"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}
-    (tmp_path / "nudge.yaml").write_text(yaml.safe_dump(nudge))
-    editors = [
-        {"editor": str(tmp_path / "nudge.yaml"), "name": name, **harm}
-        for name, harm in (("nudge", {}), ("killer", {"harm": "kill"}), ("last", {}))
-    ]
-    grid = {
-        "out": str(tmp_path / "out"),
-        "datasets": {"facts": {"data": [FACTS], "queries_per_kind": 1}},
-        "runs": [{"mode": "batch", "edits": [2, 3]}],
-        "answers": 0,
-        "workers": 2,
-    }
-    run(evaluate, [f"--config={config(tmp_path, benchmark=grid, editor=editors, baselines=['unedited'])}"])
-    found = cells(tmp_path)
-    assert {Path(name).stem for name, cell in found.items() if "error" in cell} == {"killer"}
-    assert {Path(name).stem for name, cell in found.items() if cell.get("points")} == {"unedited", "nudge", "last"}
-    assert len(found) == 8
-    assert capsys.readouterr().out.count("killer: its process was killed (out of memory?") == 2
-    assert "killer failed: its process was killed" in (tmp_path / "out" / "tables.md").read_text()
 
 
 def test_each_cell_says_what_its_process_ran_on(
