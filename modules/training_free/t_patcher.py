@@ -25,7 +25,7 @@ from modules.interventions import Hook, hooked
 from modules.training_free.neurons import LossWeights, Neurons, Queries, ends, look, losses, places
 from modules.training_free.shared import encode_targets, kept, load_state, save_state, to_make, tuning
 
-CHUNK = 32  # earlier edits that are looked at in one pass
+CHUNK = 32  # restored edits that are looked at in one pass
 
 
 @dataclass
@@ -137,6 +137,9 @@ class Patched(Edited):
         requests: the edits.
         neurons: [n].
         of: the edit of each neuron [n].
+        inputs: what the last FFN takes at each edit's positions that predict its target [P, d]. It is below all
+            neurons, so it stays what it was when the edit was made; where it is not given, it is found once it is
+            needed.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Patched(Edited):
         requests: Sequence[EditRequest] = (),
         neurons: Neurons | None = None,
         of: Tensor | None = None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(backbone)
         self.editor = editor
@@ -153,6 +157,7 @@ class Patched(Edited):
         self.requests = tuple(requests)
         self.neurons = neurons
         self.of = torch.zeros(0, dtype=torch.long) if of is None else of
+        self.inputs = inputs
 
     @property
     def shares_prefixes(self) -> bool:
@@ -192,29 +197,39 @@ class Patched(Edited):
         if not new:
             return self
         with tuning(self.backbone):
-            found, there = self._tune(rows, encode_targets(self.backbone, self.requests))
+            earlier = self._inputs()
+            found, there, own = self._tune(rows, earlier)
             edit, _ = there.nonzero(as_tuple=True)
             neurons = Neurons(*(t[there] for t in found))
             if self.neurons is not None:
                 neurons = Neurons(*(torch.cat(pair) for pair in zip(self.neurons, neurons, strict=True)))
             of = torch.cat([self.of, edit.cpu() + len(self.requests)])
-        return Patched(self.editor, self.backbone, [*self.requests, *new], neurons, of)
+        return Patched(self.editor, self.backbone, [*self.requests, *new], neurons, of, [*earlier, *own])
 
-    def _tune(self, rows: Sequence[Scored], earlier: Sequence[Scored]) -> tuple[Neurons, Tensor]:
-        """Neurons [N, m] without gradient, and which of them there are [N, m]."""
+    def _inputs(self) -> Sequence[Tensor]:
+        """See `Patched`."""
+        if self.inputs is None:
+            rows, self.inputs = encode_targets(self.backbone, self.requests), []
+            for at in range(0, len(rows), CHUNK):
+                some = rows[at : at + CHUNK]
+                for x, row in zip(look(self.backbone, [row.ids for row in some]).x, some, strict=True):
+                    self.inputs.append(x[row.start - 1 : len(row.ids) - 1])
+        return self.inputs
+
+    def _tune(self, rows: Sequence[Scored], earlier: Sequence[Tensor]) -> tuple[Neurons, Tensor, list[Tensor]]:
+        """Neurons [N, m] without gradient, which of them there are [N, m], and the edits' own inputs, see `Patched`.
+
+        Args:
+            earlier: those of earlier edits.
+        """
         editor, backbone = self.editor, self.backbone
         texts = look(backbone, editor.memory(backbone))
-        memory = [texts.x[texts.mask.bool()]]
-        for at in range(0, len(earlier), CHUNK):
-            some = earlier[at : at + CHUNK]
-            for x, row in zip(look(backbone, [row.ids for row in some]).x, some, strict=True):
-                memory.append(x[row.start - 1 : len(row.ids) - 1])
         with self._awake():
             seen = look(backbone, [row.ids for row in rows])
         queries = Queries.of(backbone, rows, seen, editor.per == "token")
         neurons = editor.start(backbone, len(rows), queries.own.shape[2], seen.x.dtype)
         optimizer = torch.optim.Adam(neurons, lr=editor.lr)
-        remembered = torch.cat(memory)
+        remembered = torch.cat([texts.x[texts.mask.bool()], *earlier])
         for _ in range(editor.steps):
             total = losses(editor.weights, backbone, neurons, queries, remembered, self.act).sum()
             if not bool(total.isfinite()):
@@ -222,7 +237,8 @@ class Patched(Edited):
             for leaf, gradient in zip(neurons, torch.autograd.grad(total, neurons, allow_unused=True), strict=True):
                 leaf.grad = gradient
             optimizer.step()
-        return Neurons(*(t.detach() for t in neurons)), queries.own.any(1)
+        inputs = [x[there] for x, there in zip(queries.x, queries.there, strict=True)]
+        return Neurons(*(t.detach() for t in neurons)), queries.own.any(1), inputs
 
     def remove(self, requests: Sequence[EditRequest]) -> "Patched":
         """The same without these edits' neurons.
@@ -235,7 +251,8 @@ class Patched(Edited):
         stays = [i for i, edit in enumerate(self.of.tolist()) if edit in number]
         of = torch.tensor([number[int(self.of[i])] for i in stays], dtype=torch.long)
         neurons = Neurons(*(t[stays] for t in self.neurons)) if self.neurons is not None and stays else None
-        return Patched(self.editor, self.backbone, [self.requests[i] for i in rows], neurons, of)
+        inputs = self.inputs and [self.inputs[i] for i in rows]
+        return Patched(self.editor, self.backbone, [self.requests[i] for i in rows], neurons, of, inputs)
 
     def save(self, folder: Path) -> None:
         """Write edits.safetensors and edits.json to a folder."""

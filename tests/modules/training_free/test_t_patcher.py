@@ -116,6 +116,37 @@ def test_edits_side_by_side_share_nothing_but_memory(
                     torch.testing.assert_close(a[mine], b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("per", ["edit", "token"])
+def test_earlier_edits_are_remembered_without_being_run_again(
+    tiny: Callable[..., Backbone], requests: list[EditRequest], per: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is carried on, against what the model takes at the earlier edits' positions when all of them are run."""
+    backbone = tiny()
+    backbone.model.double()
+    editor = TPatcher(per=per, steps=10, memory_weight=1.0, texts=["Who?"])
+    carried = Patched(editor, backbone).add(requests[:2]).add([EditRequest("Who?", "me")])
+
+    def anew(edited: Patched, inputs: Any = None) -> Patched:
+        return Patched(editor, backbone, edited.requests, edited.neurons, edited.of, inputs)
+
+    def same(one: Patched, other: Patched) -> bool:
+        assert one.neurons is not None
+        assert other.neurons is not None
+        return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(one.neurons, other.neurons, strict=True))
+
+    for before in (carried, carried.remove(requests[:1])):
+        assert same(before.add(requests[2:3]), anew(before).add(requests[2:3]))
+        assert not same(before.add(requests[2:3]), anew(before, []).add(requests[2:3]))  # they do tell
+
+    passes: list[int] = []
+    real = backbone.model.base_model.forward
+    monkeypatch.setattr(
+        backbone.model.base_model, "forward", lambda **given: (passes.append(len(given["input_ids"])), real(**given))[1]
+    )
+    carried.add(requests[2:3])
+    assert passes == [1, 1]  # the memory's text, and the edit
+
+
 def test_memory_silences_a_neuron_and_relu_makes_that_exact(
     tiny: Callable[..., Backbone], requests: list[EditRequest]
 ) -> None:
