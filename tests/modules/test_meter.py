@@ -35,6 +35,6 @@ def test_memory_that_is_given_back_within_counts(tiny: Callable[..., Backbone]) 
 
 def test_work_that_fails_does_not_count(tiny: Callable[..., Backbone]) -> None:
     meter = Meter(tiny())
-    with pytest.raises(RuntimeError, match="can.t allocate memory"), meter.running():
+    with pytest.raises(RuntimeError, match="allocate memory"), meter.running():
         torch.ones(2**48)
     assert (meter.seconds, meter.peak) == (0.0, 0)

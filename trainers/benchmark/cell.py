@@ -34,7 +34,8 @@ def run_cell(
 
     Returns:
         `points`: an entry for each number of edits, with `edits`, `metrics` (as modules.metrics.summarise),
-        `edit_seconds`, `edit_bytes`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see `_read`.
+        `edit_seconds`, `edit_bytes`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see
+        `_read`.
     """
     judge, seed = cell.judging.judge(originals, cell.about["batch_size"]), cell.about["seed"]
     points: list[dict[str, Any]] = []
