@@ -213,7 +213,7 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
             raise
         skipped = f", skip: {source.skip}" if source.skip else ""
         raise ValueError(f"{source.name}: no records; check its options: {source.options}{skipped}") from None
-    if options.get("on_error") == "skip" and (last := table[-1]["record"]).startswith(_TOLD):
+    if (last := table[-1]["record"]).startswith(_TOLD):
         rank_zero_warn(last.removeprefix(_TOLD))
         table = table.select(range(len(table) - 1))
     if source.sample is not None and source.sample < len(table):

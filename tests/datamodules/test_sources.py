@@ -203,6 +203,15 @@ def test_what_was_skipped_is_told_at_each_load(tmp_path: Path, limit: int | None
         load([replace(source, skip=9)], str(tmp_path / "cache"))
 
 
+def test_questions_left_out_are_told_at_each_load(tmp_path: Path) -> None:
+    path = tmp_path / "scientific.json"
+    path.write_text(json.dumps({"edits": ["Rub.", "Heat."], "test_inputs": [["Why?", "A", "B"], ["How?", "A"]]}))
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match=r"scientific\.json: 1 of its questions left out as spoilt, the first: 't"):
+            data = load([Source("dune", str(path))], str(tmp_path / "cache"))
+        assert ids(data) == ["scientific-0", "scientific-1"]
+
+
 def test_wrong_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown format 'fact'; known formats: .*facts"):
         Source("fact")
