@@ -87,6 +87,16 @@ def look(backbone: Backbone, rows: Sequence[Sequence[int]]) -> Seen:
     return Seen(found["x"].to(wide), found["end"], mask)
 
 
+def target_inputs(backbone: Backbone, rows: Sequence[Scored], chunk: int = 32) -> list[Tensor]:
+    """What the last FFN takes at each row's positions that predict its target, [P, d] each; so many rows in a pass."""
+    found = []
+    for at in range(0, len(rows), chunk):
+        some = rows[at : at + chunk]
+        for x, row in zip(look(backbone, [row.ids for row in some]).x, some, strict=True):
+            found.append(x[row.start - 1 : len(row.ids) - 1])
+    return found
+
+
 class LossWeights(NamedTuple):
     """See `TPatcher`."""
 

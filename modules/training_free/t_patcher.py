@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 from transformers.activations import ACT2FN
 
 from datamodules.records import EditRequest
@@ -22,10 +21,9 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.hypernetwork.batch import Scored
 from modules.interventions import Hook, hooked
-from modules.training_free.neurons import LossWeights, Neurons, Queries, ends, look, losses, places
+from modules.training_free.neurons import LossWeights, Neurons, Queries, ends, look, losses, places, target_inputs
 from modules.training_free.shared import encode_targets, kept, load_state, save_state, to_make, tuning
-
-CHUNK = 32  # restored edits that are looked at in one pass
+from modules.training_free.templates import sample
 
 
 @dataclass
@@ -104,21 +102,11 @@ class TPatcher(Editor):
         known: dict[Any, list[tuple[int, ...]]] = vars(backbone).setdefault("_sampled", {})
         key = (self.seed, self.samples, self.sample_tokens)
         if key not in known:
-            known[key] = self._sampled(backbone)
+            ids = backbone.tokenizer.bos_token_id, backbone.tokenizer.eos_token_id, 0
+            starts = [[next(i for i in ids if isinstance(i, int))]] * self.samples
+            draw = torch.Generator().manual_seed(self.seed)
+            known[key] = [tuple(row) for row in sample(backbone, starts, self.sample_tokens + 1, None, draw)]
         return known[key]
-
-    def _sampled(self, backbone: Backbone) -> list[tuple[int, ...]]:
-        tokenizer, device = backbone.tokenizer, backbone.device
-        first: Any = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(t, int)), 0)
-        draw = torch.Generator().manual_seed(self.seed)
-        ids = torch.full((self.samples, 1), first, dtype=torch.long, device=device)
-        cache = DynamicCache(config=backbone.model.config)
-        with torch.no_grad():
-            for _ in range(self.sample_tokens):
-                out = backbone.model.base_model(input_ids=ids[:, -1:], cache=cache, use_cache=True)
-                p = backbone.logits(out.last_hidden_state[:, -1]).float().softmax(-1).cpu()
-                ids = torch.cat([ids, torch.multinomial(p, 1, generator=draw).to(device)], 1)
-        return [tuple(row) for row in ids.tolist()]
 
     def start(self, backbone: Backbone, count: int, size: int, dtype: torch.dtype = torch.float32) -> Neurons:
         """Neurons [N, m] for `count` edits; every edit starts alike, so that an edit alone is the edit among others."""
@@ -137,9 +125,7 @@ class Patched(Edited):
         requests: the edits.
         neurons: [n].
         of: the edit of each neuron [n].
-        inputs: what the last FFN takes at each edit's positions that predict its target [P, d]. It is below all
-            neurons, so it stays what it was when the edit was made; where it is not given, it is found once it is
-            needed.
+        inputs: `target_inputs` of the edits, which no neuron changes; by default found once they are needed.
     """
 
     def __init__(
@@ -197,7 +183,9 @@ class Patched(Edited):
         if not new:
             return self
         with tuning(self.backbone):
-            earlier = self._inputs()
+            earlier = self.inputs
+            if earlier is None:
+                earlier = target_inputs(self.backbone, encode_targets(self.backbone, self.requests))
             found, there, own = self._tune(rows, earlier)
             edit, _ = there.nonzero(as_tuple=True)
             neurons = Neurons(*(t[there] for t in found))
@@ -205,16 +193,6 @@ class Patched(Edited):
                 neurons = Neurons(*(torch.cat(pair) for pair in zip(self.neurons, neurons, strict=True)))
             of = torch.cat([self.of, edit.cpu() + len(self.requests)])
         return Patched(self.editor, self.backbone, [*self.requests, *new], neurons, of, [*earlier, *own])
-
-    def _inputs(self) -> Sequence[Tensor]:
-        """See `Patched`."""
-        if self.inputs is None:
-            rows, self.inputs = encode_targets(self.backbone, self.requests), []
-            for at in range(0, len(rows), CHUNK):
-                some = rows[at : at + CHUNK]
-                for x, row in zip(look(self.backbone, [row.ids for row in some]).x, some, strict=True):
-                    self.inputs.append(x[row.start - 1 : len(row.ids) - 1])
-        return self.inputs
 
     def _tune(self, rows: Sequence[Scored], earlier: Sequence[Tensor]) -> tuple[Neurons, Tensor, list[Tensor]]:
         """Neurons [N, m] without gradient, which of them there are [N, m], and the edits' own inputs, see `Patched`.
