@@ -16,6 +16,7 @@ from modules.delta_edited import DeltaEdited
 from modules.editor import Editor
 from modules.fingerprint import tensors_hash
 from modules.interventions import Deltas, shape
+from modules.training_free.held import Held
 from modules.training_free.subject import Row, evaluating, require_subjects, row, subject_states
 from modules.training_free.templates import Contexts
 
@@ -113,14 +114,19 @@ class LocateEditor(Editor):
         prefixes = self.contexts.draw(backbone)
         return [row(backbone, r.prompt, str(r.subject), prefix=prefix) for r in requests for prefix in prefixes]
 
-    def keys(self, backbone: Backbone, rows: Sequence[Row], count: int, name: str) -> tuple[Tensor, Tensor]:
+    def keys(
+        self, backbone: Backbone, rows: Sequence[Row], count: int, name: str, held: Held | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys of `count` edits under the edits that are on now [n, f]: averaged over contexts, and of the bare prompt.
 
         Args:
             rows: see `rows`.
             name: of the down projection.
+            held: see `subject_states`.
         """
-        found = subject_states(backbone, rows, [name], [])[name].unflatten(0, (count, -1))  # [n, contexts, f]
+        found = subject_states(backbone, rows, [name], [], held=held)[name].unflatten(
+            0, (count, -1)
+        )  # [n, contexts, f]
         weights = self.contexts.weights(found.shape[1]).to(found)
         return torch.einsum("ncf,c->nf", found, weights), found[:, 0]
 

@@ -14,6 +14,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.interventions import Deltas, LowRank, low_rank
 from modules.training_free.closed_form import Metric, automatic_weight, solve
+from modules.training_free.held import Held
 from modules.training_free.locate import LocatedEdited, LocateEditor, deltas_of, layer_numbers
 from modules.training_free.metrics import Metrics
 from modules.training_free.second_moments import Moments
@@ -85,10 +86,12 @@ class MEMIT(LocateEditor):
         bare = rows[:: len(rows) // count]
         found: dict[str, Deltas] = {}
         seen: dict[str, Tensor] = {}
+        every, single = Held(), Held()  # what comes into the layer at hand: nothing below it changes any more
         for i, (name, metric) in enumerate(zip(names, metrics, strict=True)):
+            every.layer = single.layer = layers[i]
             with self.inserting(edited, found, names[i:]):
-                keys, _ = self.keys(backbone, rows, count, name)
-                now = subject_states(backbone, bare, [], [at])[at]
+                keys, _ = self.keys(backbone, rows, count, name, every)
+                now = subject_states(backbone, bare, [], [at], held=single)[at]
             rest = len(names) - i
             residual = (goal - now) / (rest if self.spread == "even" else rest**0.5)
             found[name] = deltas_of(self.factor(metric, keys, edited.memory.get(name)), residual, residual.dtype)

@@ -4,7 +4,7 @@ R rows, T tokens, w width of a layer.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from datamodules.records import EditRequest
 from datamodules.tokens import encode_subject, pad, pad_id
 from modules.backbone import Backbone
+from modules.training_free.held import Held
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,19 @@ class Enough(Exception):
 
 @torch.no_grad()
 def subject_states(
-    backbone: Backbone, rows: Sequence[Row], inputs: Sequence[str], outputs: Sequence[str], chunk: int = 128
+    backbone: Backbone,
+    rows: Sequence[Row],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    chunk: int = 128,
+    held: Held | None = None,
 ) -> dict[str, Tensor]:
     """What goes into and comes out of modules at the subjects' last tokens, under whatever edits are on now.
 
     Args:
         inputs, outputs: names of modules whose first input, or output, is wanted.
         chunk: rows of one forward pass; it ends at the last module that is wanted.
+        held: of earlier calls with these rows, where this one's passes begin.
 
     Returns:
         [R, w] by name, in float32 or better; a module wanted for both gives its output under `name + ".out"`.
@@ -88,7 +95,8 @@ def subject_states(
         ids, mask = pad([rows[i].ids[: rows[i].target] for i in batch], pad_id(backbone.tokenizer))
         place = torch.tensor([rows[i].subject for i in batch])
         got: dict[str, Tensor] = {}
-        with _watching(backbone.model, wanted, got, place.to(backbone.device)):
+        passing = held.reading(backbone, at) if held else nullcontext()
+        with passing, _watching(backbone.model, wanted, got, place.to(backbone.device)):
             backbone.model.base_model(
                 input_ids=ids.to(backbone.device), attention_mask=mask.to(backbone.device), use_cache=False
             )
