@@ -17,11 +17,12 @@ from modules.training_free.closed_form import Metric, automatic_weight, solve
 from modules.training_free.held import Held
 from modules.training_free.locate import LocatedEdited, LocateEditor, deltas_of, layer_numbers
 from modules.training_free.metrics import Metrics
+from modules.training_free.places import place_names
 from modules.training_free.second_moments import Moments
 from modules.training_free.subject import subject_states
 from modules.training_free.templates import Contexts
 from modules.training_free.value_options import Place, ValueOptions
-from modules.training_free.values import find_values, place_names
+from modules.training_free.values import find_values
 
 LAYERS = (0.17, 0.2, 0.24, 0.27, 0.3)
 

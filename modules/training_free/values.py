@@ -14,10 +14,9 @@ EAC: Xu et al. 2025, section 5. The head reads the last layer, as in all release
 E edits, p places, d hidden width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from tqdm.auto import tqdm
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.training_free.kept_values import KeptValues, Values, joined, key_of
+from modules.training_free.places import add, added, initial_outputs
 from modules.training_free.prepared import Prepared, Prompt, prepare
-from modules.training_free.subject import Row, evaluating, row, subject_states
+from modules.training_free.subject import evaluating, row
 from modules.training_free.value_options import EAC, Place, ValueOptions
 
 
@@ -56,17 +56,25 @@ class _Search:
     def __post_init__(self) -> None:
         self.norm = self.initial.norm(dim=-1)  # [E, p]
 
-    def gradient(self, delta: Tensor, active: Tensor, elastic: _Elastic | None) -> tuple[Tensor, Tensor]:
-        """Losses [E] and their gradients [E, p, d]; those of edits that are not active are 0."""
+    def gradient(
+        self, delta: Tensor, active: Tensor, elastic: _Elastic | None, until: float = -math.inf
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [E] and their gradients [E, p, d]; those of edits that are not active are 0.
+
+        Args:
+            until: where all active edits have a loss below this, no gradient is wanted: the last backward pass is
+                spared (all of them where it is infinite), and what is returned of gradients means nothing.
+        """
         delta = delta.detach().requires_grad_()
         penalty = torch.where(active, self._penalty(delta, elastic), 0)
         total, gradient = penalty.detach(), torch.autograd.grad(penalty.sum(), delta)[0]
-        for rows in self.rows:
-            with _added(self.backbone, self.place, self.layer, delta, rows.edit):
-                adding = (lambda x, e=rows.edit: _add(x, delta[:, 0][e])) if self._before else (lambda x: x)
+        for i, rows in enumerate(self.rows):
+            with added(self.backbone, self.place, self.layer, delta, rows.edit):
+                adding = (lambda x, e=rows.edit: add(x, delta[:, 0][e])) if self._before else (lambda x: x)
                 losses = rows.losses(self.backbone, adding, len(delta))
-            gradient = gradient + torch.autograd.grad(losses.sum(), delta)[0]
             total = total + losses.detach()
+            if until < math.inf and (i + 1 < len(self.rows) or bool((active & (total >= until)).any())):
+                gradient = gradient + torch.autograd.grad(losses.sum(), delta)[0]
         return total, gradient
 
     @property
@@ -161,24 +169,15 @@ def _search(
         return _compress(search, zero, options.eac, requests)
 
 
-def initial_outputs(backbone: Backbone, rows: Sequence[Row], layer: int, place: Place) -> Tensor:
-    """What stands now at the subjects' last tokens where a change would be added [E, p, d]."""
-    names = place_names(backbone, layer, place)
-    states = subject_states(backbone, rows, [], names)
-    return torch.stack([states[name] for name in names], dim=1)
-
-
-def place_names(backbone: Backbone, layer: int, place: Place) -> list[str]:
-    """The modules whose outputs a change is added to."""
-    stem = f"{backbone.parts.layers}.{layer}"
-    down = f"{stem}.{backbone.parts.down}"
-    return {"mlp": [down], "layer": [stem], "attention and mlp": [f"{stem}.{backbone.parts.attention}", down]}[place]
-
-
 def _descend(
-    search: _Search, delta: Tensor, steps: int, elastic: _Elastic | None, requests: Sequence[EditRequest]
+    search: _Search,
+    delta: Tensor,
+    steps: int,
+    elastic: _Elastic | None,
+    requests: Sequence[EditRequest],
+    scored: bool = False,
 ) -> tuple[Values, Tensor]:
-    """Adam from `delta` on; also the mean gradient of each edit's steps [E, p, d]."""
+    """Adam from `delta` on; where they are `scored`, also the mean gradient of each edit's steps [E, p, d]."""
     options, rows = search.options, search.rows
     mean, square, summed = (torch.zeros_like(delta) for _ in range(3))
     active = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
@@ -186,7 +185,8 @@ def _descend(
     updates = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
     seen = updates.clone()
     for step in range(1, steps + 1):
-        loss, gradient = search.gradient(delta, active, elastic)
+        until = -math.inf if scored else math.inf if step == steps else options.stop
+        loss, gradient = search.gradient(delta, active, elastic, until)
         if not bool(loss[active].isfinite().all()):
             wrong = int((active & ~loss.isfinite()).nonzero()[0])
             raise FloatingPointError(f"the loss of a value vector is no number: {requests[wrong].statement!r}")
@@ -212,38 +212,10 @@ def _descend(
 
 def _compress(search: _Search, zero: Tensor, eac: EAC, requests: Sequence[EditRequest]) -> Values:
     """The two stages of EAC. An edit that needs no update has no scores, and needs none in stage 2 either."""
-    first, gradient = _descend(search, zero, eac.first_steps, None, requests)
+    first, gradient = _descend(search, zero, eac.first_steps, None, requests, scored=True)
     score = (gradient * first.delta).abs()
     count = max(1, round(eac.keep * score.shape[-1]))
     keep = torch.zeros_like(score).scatter(-1, score.topk(count).indices, 1.0)
     start = first.delta * keep if eac.warm_start else zero
     elastic = _Elastic(keep, 1 / (score + eac.epsilon), eac.l1, eac.l2)
     return _descend(search, start, eac.steps, elastic, requests)[0]
-
-
-def _add(x: Tensor, delta: Tensor) -> Tensor:
-    """delta [R, d] at the first of the tokens [R, S, d], which is the subject's last."""
-    return torch.cat([x[:, :1] + delta[:, None].to(x.dtype), x[:, 1:]], dim=1)
-
-
-@contextmanager
-def _added(backbone: Backbone, place: Place, layer: int, delta: Tensor, edit: Tensor) -> Iterator[None]:
-    """Changes at outputs inside of the first layer that runs, where they are not added before it."""
-    names = place_names(backbone, layer, place)
-    if place != "attention and mlp" and layer + 1 < len(backbone.layers):
-        names = []
-
-    def hook(i: int) -> Any:
-        def add(_: Any, __: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (_add(output[0], delta[:, i][edit]), *output[1:])
-            return _add(output, delta[:, i][edit])
-
-        return add
-
-    handles = [backbone.model.get_submodule(n).register_forward_hook(hook(i)) for i, n in enumerate(names)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

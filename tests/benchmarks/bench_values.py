@@ -21,10 +21,11 @@ from datamodules.readers.facts import read_facts
 from datamodules.records import EditRequest
 from datamodules.tokens import pad, pad_id
 from modules.backbone import Backbone, BackboneConfig, load_backbone
+from modules.training_free.places import initial_outputs, place_names
 from modules.training_free.subject import row
 from modules.training_free.templates import Contexts
 from modules.training_free.value_options import ValueOptions
-from modules.training_free.values import find_values, initial_outputs, place_names
+from modules.training_free.values import find_values
 
 
 def plain(

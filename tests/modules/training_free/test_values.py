@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from datamodules.tokens import encode, encode_subject
 from modules.backbone import Backbone
+from modules.training_free import prepared, values
 from modules.training_free.value_options import EAC, Place, ValueOptions
 from modules.training_free.values import find_values
 
@@ -150,6 +151,40 @@ def test_edits_that_stop_leave_the_batch_and_the_others_alone(exact: Callable[..
         assert ((together.loss < options.stop) == (together.updates < 24)).all()
     else:
         assert (together.delta != 0).sum(-1).max() <= 0.25 * backbone.hidden_size
+
+
+@pytest.mark.parametrize("eac", [None, EAC(keep=0.5, first_steps=3, steps=4, l1=1e-6)])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_gradient_that_no_step_takes_is_not_made(
+    tiny: Callable[..., Backbone], eac: EAC | None, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the last step nor of one at which all have stopped; but stage 1 of EAC scores by all its gradients."""
+    options = replace(OPTIONS, steps=9, clamp=30.0, weight_decay=0.0, kl_factor=0.0, stop=0.0, eac=eac)
+    if early:
+        fewer = replace(options, steps=5, eac=replace(eac, steps=2) if eac else None)
+        reached = float(find_values(tiny(), REQUESTS[:1], PREFIXES, 1, "mlp", fewer).loss)
+        options = replace(options, stop=reached + 1e-4)
+    passes: list[int] = []
+    gradient, losses = values._Search.gradient, prepared.Prepared.losses
+
+    def counted(rows: prepared.Prepared, *given: Any) -> Tensor:
+        total = losses(rows, *given)
+        total.register_hook(lambda _: passes.append(1))
+        return total
+
+    def find() -> tuple[values.Values, int]:
+        passes.clear()
+        return find_values(tiny(), REQUESTS[:1], PREFIXES, 1, "mlp", options), len(passes)
+
+    monkeypatch.setattr(prepared.Prepared, "losses", counted)
+    found, count = find()
+    monkeypatch.setattr(values._Search, "gradient", lambda search, *given: gradient(search, *given[:3]))
+    expected, whole = find()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert count == whole - 1
+    assert found.updates.tolist() == [count - (3 if eac else 0)]
+    assert whole == {(False, False): 9, (False, True): 5, (True, False): 7, (True, True): 5}[eac is not None, early]
 
 
 def test_the_clamp_holds_and_is_reached(exact: Callable[..., Backbone]) -> None:
