@@ -18,8 +18,10 @@ from datamodules.tokens import encode
 from modules.backbone import Backbone
 from modules.delta_edited import DeltaEdited
 from modules.editor import Editor
+from modules.from_layer import entering, from_layer
 from modules.hypernetwork.batch import scored
 from modules.interventions import Deltas, linear, shape
+from modules.training_free.locate import layer_of
 from modules.training_free.shared import encode_targets, to_make, tuning
 
 Before = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
@@ -153,6 +155,7 @@ def attributions(
     """The integrated gradients of an answer token's probability by each neuron at the prompt's last token [L, f].
 
     The tokens before it are read once; then each row is that token alone, with one layer's neurons scaled by one step.
+    What layers below compute is the same in every row: a pass begins at the lowest layer that it scales.
 
     Args:
         names: the down projections.
@@ -166,13 +169,19 @@ def attributions(
             ids = torch.tensor([prompt[:-1]], device=device)
             backbone.model.base_model(input_ids=ids, cache=before, use_cache=True)
 
-    def probability(rows: int, hooks: Mapping[str, Before]) -> Tensor:
+    def probability(rows: int, hooks: Mapping[str, Before], start: int = 0) -> Tensor:
         cache = DynamicCache(config=backbone.model.config)
         for i, layer in enumerate(before.layers if len(prompt) > 1 else ()):
-            cache.update(*(t.expand(rows, -1, -1, -1) for t in (layer.keys, layer.values)), i)  # type: ignore[union-attr]
+            held = rows if i >= start else 1  # of layers below only the length is asked for
+            cache.update(*(t.expand(held, -1, -1, -1) for t in (layer.keys, layer.values)), i)  # type: ignore[union-attr]
         position = torch.full((rows, 1), len(prompt) - 1, device=device)
         mask = torch.ones(rows, len(prompt), dtype=torch.long, device=device)
         with ExitStack() as stack:  # before the layer, so that other edits see what it sees
+            if start:
+                hidden, tupled = enters[start]
+                stack.enter_context(
+                    from_layer(backbone.layers, start, lambda: hidden.expand(rows, -1, -1), tupled=tupled)
+                )
             for name, hook in hooks.items():
                 stack.enter_context(linear(backbone.model, name).register_forward_pre_hook(hook))
             out = backbone.model.base_model(
@@ -192,8 +201,11 @@ def attributions(
 
         return look
 
-    with torch.no_grad():
+    numbers = [layer_of(backbone, name) for name in names]
+    with torch.no_grad(), ExitStack() as stack:
+        into = {number: stack.enter_context(entering(backbone.layers[number])) for number in numbers}
         probability(1, {name: looking(name) for name in names})
+    enters = {number: found[0] for number, found in into.items()}  # [1, 1, d] each
     neurons = torch.stack([seen[name] for name in names])  # [L, f]
     share = (torch.arange(steps, device=device) + 0.5) / steps
     scaled = (share[:, None].to(neurons.dtype) * neurons[:, None]).flatten(0, 1)  # [L S, f], layer by layer
@@ -209,6 +221,7 @@ def attributions(
 
         here: list[int] = layer.unique().tolist()
         hooks = {names[number]: putting(number) for number in here}
-        (gradient,) = torch.autograd.grad(probability(len(some), hooks).sum(), [leaf])
+        found = probability(len(some), hooks, min(numbers[number] for number in here))
+        (gradient,) = torch.autograd.grad(found.sum(), [leaf])
         total.index_add_(0, layer, gradient.float())
     return neurons.float() * total / steps

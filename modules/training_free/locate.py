@@ -140,3 +140,8 @@ def deltas_of(a: Tensor, b: Tensor, precise: torch.dtype) -> Deltas:
 def down_name(backbone: Backbone, layer: int) -> str:
     """The down projection of a layer."""
     return f"{backbone.parts.layers}.{layer}.{backbone.parts.down}"
+
+
+def layer_of(backbone: Backbone, name: str) -> int:
+    """The number of the decoder layer that a module stands in, by its name."""
+    return int(name.removeprefix(f"{backbone.parts.layers}.").partition(".")[0])

@@ -10,6 +10,7 @@ from torch import Tensor
 from datamodules.records import EditRecord, EditRequest
 from modules.backbone import Backbone
 from modules.interventions import linear
+from modules.training_free import kn
 from modules.training_free.kn import KN, attributions
 
 KINDS = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"]
@@ -64,6 +65,26 @@ def test_passes_of_any_size_are_the_same(tiny: Callable[..., Backbone]) -> None:
     prompt, names = backbone.tokenizer("City A")["input_ids"], KN().names(backbone)
     a, b = (attributions(backbone, names, prompt, 70, 5, size) for size in (3, 100))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_begins_at_the_lowest_layer_that_it_scales(
+    tiny: Callable[..., Backbone], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as from the embedding; in float64, as one row and six are rounded differently."""
+    backbone = tiny(kind)
+    backbone.model.double()
+    prompt, names = backbone.tokenizer("City A")["input_ids"], KN().names(backbone)
+    ran: list[int] = []
+    for i in range(len(names)):
+        backbone.attention(i).register_forward_hook(lambda *_, i=i: ran.append(i))
+    found = attributions(backbone, names, prompt, 70, 3, 6)  # 12 rows: those of layers 0 and 1, then of 2 and 3
+    whole = [0, 1, 2, 3]
+    assert ran == [*whole * 2, *whole, 2, 3]  # what stands before, the neurons as they are, and the two passes
+    ran.clear()
+    monkeypatch.setattr(kn, "layer_of", lambda *_: 0)
+    torch.testing.assert_close(attributions(backbone, names, prompt, 70, 3, 6), found, rtol=1e-5, atol=1e-9)
+    assert ran == whole * 4
 
 
 @pytest.mark.parametrize("embedding", ["input", "output"])
