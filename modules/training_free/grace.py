@@ -19,7 +19,7 @@ from datamodules.records import EditRequest
 from datamodules.tokens import Encoded
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.hypernetwork.batch import Scored, padded
+from modules.hypernetwork.batch import Scored
 from modules.interventions import Hook, hooked, shape
 from modules.training_free.codebook import Codebook, rounding
 from modules.training_free.locate import layer_numbers
@@ -33,7 +33,7 @@ from modules.training_free.shared import (
     to_make,
     tuning,
 )
-from modules.training_free.subject import Row
+from modules.training_free.subject import Row, subject_states
 
 Replace = Literal["last", "prompt"]
 
@@ -103,22 +103,18 @@ class GRACE(Editor):
 
     def queries(self, backbone: Backbone, rows: Sequence[Scored]) -> Tensor:
         """The layer's inputs at the prompts' last tokens [N, d_in], in float32 or better."""
-        found: list[Tensor] = []
+        prompts, name = [Row(r.ids, r.start - 1, r.start) for r in rows], self.place(backbone)
+        return subject_states(backbone, prompts, [name], [], self.batch_size)[name]
 
-        def look(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            found.append(given[0])
-
-        ids, mask, _ = (t.to(backbone.device) for t in padded(backbone.tokenizer, rows))
-        with torch.no_grad(), hooked(backbone.model, {self.place(backbone): look}):
-            backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        x = found[0][range(len(rows)), [row.start - 1 for row in rows]]
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+    def begin(self, row: Scored) -> int:
+        """The first token that a value is put at."""
+        return row.start - 1 if self.replace == "last" else 0
 
     def tune(self, backbone: Backbone, rows: Sequence[Scored], values: Tensor) -> Tensor:
         """Values [N, d_out] under which each row's target is likely, from these. Where only the prompt's last token is
         replaced, what stands before it is read once."""
         (number,) = layer_numbers(backbone, [self.layer])
-        begin = [row.start - 1 if self.replace == "last" else 0 for row in rows]
+        begin = [self.begin(row) for row in rows]
         prompts = [Prompt(Row(r.ids, b, r.start), e, 1.0) for e, (r, b) in enumerate(zip(rows, begin, strict=True))]
         left: Prepared | None = prepare_rows(backbone, prompts, number)
         last = torch.tensor([r.start - 1 - b for r, b in zip(rows, begin, strict=True)], device=backbone.device)
@@ -222,14 +218,16 @@ class GraceEdited(Edited):
         book, tuned = self.codebook, {}  # key -> the row that its value is tuned on
         same = rounding(next(backbone.model.parameters()).dtype)
         with tuning(backbone):
-            for at in range(0, len(rows), editor.batch_size):
-                batch = rows[at : at + editor.batch_size]
-                for row, query in zip(batch, editor.queries(backbone, batch), strict=True):
-                    book, fresh = book.place(query, row.ids[row.start :], editor.epsilon, same)
-                    if fresh or editor.tune_expanded:
-                        tuned[book.key_of[-1]] = row
+            for row, query in zip(rows, editor.queries(backbone, rows) if rows else (), strict=True):
+                book, fresh = book.place(query, row.ids[row.start :], editor.epsilon, same)
+                if fresh or editor.tune_expanded:
+                    tuned[book.key_of[-1]] = row
             values = book.values.clone()
-            keys = sorted(tuned, key=lambda key: len(tuned[key].ids))  # little padding
+
+            def reread(key: int) -> tuple[int, int]:
+                return len(tuned[key].ids) - editor.begin(tuned[key]), editor.begin(tuned[key])
+
+            keys = sorted(tuned, key=reread)  # by the tokens of a step, then by those before: little padding
             for key in range(len(self.codebook.keys), len(values)):
                 draw = torch.Generator().manual_seed(editor.seed + key)  # the same one by one as all at once
                 values[key] = torch.rand(values.shape[1], generator=draw).to(values)

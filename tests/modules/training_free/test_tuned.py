@@ -12,6 +12,8 @@ from modules.editor import Edited
 from modules.interventions import linear
 from modules.training_free.ft import FTEAC, FTL, FTM, ElasticNet
 from modules.training_free.lora import LoRA
+from modules.training_free.prepared import Prepared, prepare_rows
+from modules.training_free.shared import encode_targets
 from modules.training_free.terms import Dense
 from modules.training_free.tuned import TuningEditor
 
@@ -75,6 +77,41 @@ def test_one_change_for_a_batch_and_its_merged_weights(
             torch.testing.assert_close(moved, whole, rtol=1e-3, atol=1e-6)
         for x, y in zip(edited.score(PROMPTS, TARGETS), merged.score(PROMPTS, TARGETS), strict=True):
             torch.testing.assert_close(x.log_probs, y.log_probs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_a_batch_is_read_in_passes_of_little_padding(
+    tiny: Callable[..., Backbone], requests: list[EditRequest], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tuned is what one pass of them all tunes; in float64."""
+    backbone = tiny()
+    backbone.model.double()
+    long = [EditRequest("Far away " * n + "lies", "Peru") for n in (9, 8)]
+    mixed = [long[0], *requests, long[1]]
+    tokens: list[int] = []
+    losses = Prepared.losses
+
+    def counted(rows: Prepared, *given: Any) -> torch.Tensor:
+        tokens.append(rows.ids.numel())
+        return losses(rows, *given)
+
+    def tuned() -> tuple[Edited, int]:
+        tokens.clear()
+        with EDITORS[name].edit(backbone, mixed) as edited:
+            return edited, sum(tokens)
+
+    monkeypatch.setattr(Prepared, "losses", counted)
+    now, few = tuned()
+    assert len(tokens) == 2 * EDITORS[name].steps
+    monkeypatch.setattr(
+        "modules.training_free.tuned.prepare", lambda backbone, rows, start, _: [prepare_rows(backbone, rows, start)]
+    )
+    expected, many = tuned()
+    assert len(tokens) == EDITORS[name].steps
+    real = sum(len(row.ids) - 1 for row in encode_targets(backbone, mixed)) * EDITORS[name].steps
+    assert real < few < 1.1 * real < many
+    for x, y in zip(now.score(PROMPTS, TARGETS), expected.score(PROMPTS, TARGETS), strict=True):
+        torch.testing.assert_close(x.log_probs, y.log_probs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_is_no_number_is_named(tiny: Callable[..., Backbone], requests: list[EditRequest]) -> None:
