@@ -6,7 +6,7 @@ B queries, T tokens, n scored tokens, N edits.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -23,6 +23,7 @@ from modules.gist.calibration import calibrate
 from modules.gist.editor import GistEditor
 from modules.gist.model import GistConfig, GistModel
 from modules.gradients import reached
+from modules.interventions import checkpointed
 from modules.losses import (
     Head,
     edit_sensitivity,
@@ -59,7 +60,7 @@ class InComeS(TrainedModule[GistModel]):
         visible_warmup_steps: over these steps the share of the pool that a query sees grows from its own gist to all.
         calibration_records: how many training records set where selection starts; 0: none.
         calibration_steps: of fitting the matcher (selection: hidden).
-        gradient_checkpointing: recompute activations in the backward pass; not those of an original reader.
+        gradient_checkpointing: recompute activations in the backward pass, those of an original reader too.
         exact_match: also validate by generation.
         seed: of the model's own draws.
     """
@@ -268,7 +269,8 @@ class InComeS(TrainedModule[GistModel]):
 
         trace: dict[int, Tensor] | None = {} if config.golden_weight else None
         pool = model.compress(batch.edits, batch.edits_mask)
-        out, _ = model(batch.queries, batch.queries_mask, pool, visible, trace=trace)
+        with self._rerunning_reader():
+            out, _ = model(batch.queries, batch.queries_mask, pool, visible, trace=trace)
         h, head = out.last_hidden_state[row, at - 1], head_of(model.reader.model)  # [n, d]
         queries = len(batch)
         if taught:
@@ -285,6 +287,12 @@ class InComeS(TrainedModule[GistModel]):
             parts |= self._golden(batch, trace, row[answer], at[answer] - 1)
             loss = loss + config.golden_weight * (parts["golden"] + parts["zero"])
         return {"loss": loss, **parts}
+
+    def _rerunning_reader(self) -> AbstractContextManager[None]:
+        """Gradients reach the gists through all that an original reads: its layers are run again as the student's."""
+        apart = self.gists.reader is not self.gists.backbone
+        again = apart and self.gradient_checkpointing and torch.is_grad_enabled()
+        return checkpointed(self.gists.reader.model) if again else nullcontext()
 
     @torch.no_grad()
     def _teach(self, batch: GistBatch, row: Tensor, at: Tensor, in_scope: Tensor) -> "_Taught":

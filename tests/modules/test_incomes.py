@@ -354,6 +354,36 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("selection", ["qk", "hidden"])
+def test_gradient_checkpointing_reaches_an_original_reader(
+    build: Callable[..., InComeS], records: list[EditRecord], selection
+) -> None:
+    """Its layers that gradients come through are run again, and those below them are not."""
+    found, ran = [], []
+    for on in (False, True):
+        module = build(
+            train="upper",
+            reader="original",
+            gist=GistConfig(selection=selection),
+            loss=LossConfig(golden_weight=0.5),
+            gradient_checkpointing=on,
+        )
+        batch, reader = batch_of(module, records), module.gists.reader
+        loss = module.losses(batch, batch.visible)["loss"]
+        assert not any(part.training for part in reader.model.modules())
+        again: list[int] = []
+        for i in range(len(reader.layers)):
+            reader.attention(i).register_forward_hook(lambda *_, i=i, again=again: again.append(i))
+        found.append(gradients(module, loss))
+        ran.append(sorted(again))
+        module.losses(batch, batch.visible)  # and so it is left as it was
+        assert not reader.model.is_gradient_checkpointing
+    assert ran == [[], [*module.gists.active]]
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-4)
+
+
 def test_gradient_checkpointing_is_refused_where_it_cannot_work(build: Callable[..., InComeS]) -> None:
     for options in ({"train": "lora", "reader": "original"},):
         with pytest.raises(ValueError, match="gradient_checkpointing"):

@@ -252,6 +252,7 @@ def test_tensors_without_data_are_counted() -> None:
         [f"{MODEL}gradient_checkpointing=true"],
         [f"{MODEL}train=lora"],
         [f"{MODEL}train=upper", f"{MODEL}reader=original", f"{MODEL}backbone.attention=eager"],
+        [f"{MODEL}train=upper", f"{MODEL}reader=original", f"{MODEL}gradient_checkpointing=true"],
         ["--trainer.precision=bf16-mixed"],
     ],
 )

@@ -45,7 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         for spread, args in SPREADS.items()
     ]
     # the frozen teacher in shards, weights that are gathered for validation, layers that are run again
-    harder = ["--trainer.val_check_interval=5", "--model.init_args.gradient_checkpointing=true"]
+    again = "--model.init_args.gradient_checkpointing=true"
+    harder = ["--trainer.val_check_interval=5", again]
     shards = zero(3, "--trainer.strategy.init_args.partition_teacher=true")
     wanted.append({"name": "zero3-teacher", "args": [*TWO, *shards, *harder], "steps": STEPS})
     wanted.append({"name": "offload", "args": [*TWO, *zero(3, *OFFLOAD)], "steps": STEPS})
@@ -55,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         args = [*TWO, *zero(stage), "--trainer.precision=bf16-mixed", "--trainer.val_check_interval=5"]
         wanted.append({"name": f"bf16-{stage}", "args": args, "steps": 6})
     wanted.append({"name": "ddp-original", "args": [*TWO, "--trainer.strategy=ddp", *ORIGINAL], "steps": STEPS})
-    wanted.append({"name": "zero3-original", "args": [*TWO, *shards, *ORIGINAL], "steps": STEPS})
+    wanted.append({"name": "zero3-original", "args": [*TWO, *shards, *ORIGINAL, again], "steps": STEPS})
     each = (TRAINED | {"original": ORIGINAL}).items()
     alone = [{"name": f"one-{part}", "args": [*ONE, *more], "steps": STEPS} for part, more in each]
     for run in (*wanted, *alone):
