@@ -18,7 +18,7 @@ sys.path[:0] = {paths!r}
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from test_save_checkpoints import Scored
+from scored_runs import Scored
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.checkpoints.single import FolderIO
 from trainers.processes import end_group
@@ -45,7 +45,7 @@ end_group()
 
 
 def test_two_ranks_decide_alike(tmp_path: Path) -> None:
-    place = {"paths": [str(ROOT), str(Path(__file__).parent)], "folder": str(tmp_path)}
+    place = {"paths": [str(ROOT), str(ROOT / "tests")], "folder": str(tmp_path)}
     job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
     ranks = [
         subprocess.Popen(
