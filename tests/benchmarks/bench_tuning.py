@@ -18,6 +18,7 @@ import torch
 from clock import clock, device
 from torch import Tensor
 
+from datamodules.files import located
 from datamodules.readers import read
 from datamodules.readers.facts import read_facts
 from modules.backbone import Backbone, BackboneConfig
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--data", help="a file of CounterFact; by default generated facts")
     parser.add_argument("--only", nargs="+", default=["ft_m", "grace"], help="of ft_m, grace and kn")
     args = parser.parse_args()
-    facts = read_facts("train") if args.data is None else read("counterfact", args.data)
+    facts = read_facts("train") if args.data is None else read("counterfact", located(args.data))
     requests = [r.request for r in itertools.islice(facts, args.edits)]
     backbone, editors = build(Specs(BackboneConfig(args.backbone, dtype="float32"), tuple(args.only)))
     print(f"torch {torch.__version__}, {device()}, {vars(args)}")
