@@ -138,7 +138,7 @@ def summarise(
 
 
 def from_file(value: float | None) -> float:
-    """A number of a result file, where null stands for one that is none (`trainers.report.write_json`): NaN again, so
+    """A number of a result file, where null stands for one that is none (`trainers.written.write_json`): NaN again, so
     that no mean passes over it."""
     return math.nan if value is None else value
 

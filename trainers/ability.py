@@ -17,8 +17,8 @@ from modules.backbone import BackboneConfig
 from trainers.ability_run import check_tasks, run_ability
 from trainers.command import run
 from trainers.editors import Spec
-from trainers.report import check_file
 from trainers.workers import Specs, build, wanted_of
+from trainers.written import check_file
 
 
 def ability(

@@ -21,7 +21,8 @@ from trainers.ability_cells import UNEDITED, Asked, Cells, State
 from trainers.ability_table import markdown, print_ability
 from trainers.editors import Chosen
 from trainers.evaluation_run import bar
-from trainers.report import Report, new_report, write_json, write_text
+from trainers.report import Report, new_report
+from trainers.written import write_json, write_text
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from trainers.callbacks.figures import layer_profile, token_trace
 from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
 from trainers.evaluation_run import bar
-from trainers.report import check_folder, command_line, write_json
+from trainers.provenance import command_line
 from trainers.workers import device_named
+from trainers.written import check_folder, write_json
 
 
 def analyse(

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from modules.fluency import FLUENCY
+from trainers.columns import COLUMNS
 from trainers.command import run
 from trainers.protocols import MEASURES, Measures
-from trainers.report import COLUMNS, write_text
 from trainers.result_files import Entry, common, differing, pairs, read
+from trainers.written import write_text
 
 ALLOWED = ("mode", "batch", "edits", "backbone")
 

@@ -15,8 +15,8 @@ from modules.editor import Edited
 from modules.training_free.icl import Unedited
 from trainers.command import run
 from trainers.editors import Spec, read
-from trainers.report import check_folder
 from trainers.workers import Specs, build
+from trainers.written import check_folder
 
 
 def edit(

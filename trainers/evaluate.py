@@ -16,9 +16,9 @@ from trainers.command import run
 from trainers.editors import Spec, TrainingFree
 from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
 from trainers.protocols import Demonstrations, Judging, Protocol
-from trainers.report import check_file, check_folder
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
+from trainers.written import check_file, check_folder
 
 
 def evaluate(

@@ -15,7 +15,9 @@ from modules.evaluation import Answers, fewer_queries
 from modules.judging import evaluate_pools, split_pools
 from modules.protocols.conditions import have_conditions, without_failed_conditions
 from trainers.protocols import Judging
-from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
+from trainers.report import Report, add_evaluation, add_failure, new_report
+from trainers.report_table import print_table
+from trainers.written import write_json
 
 log = logging.getLogger(__name__)
 

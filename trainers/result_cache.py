@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 import datamodules
 import modules
 from modules.kept_tensors import folder as kept_folder
-from trainers.report import write_json
+from trainers.written import write_json
 
 
 class ResultCache:

@@ -28,7 +28,9 @@ from trainers.callbacks.curves import retention
 from trainers.editors import Chosen
 from trainers.evaluation_run import bar, check
 from trainers.protocols import Judging
-from trainers.report import Report, add_evaluation, add_failure, new_report, print_table, write_json
+from trainers.report import Report, add_evaluation, add_failure, new_report
+from trainers.report_table import print_table
+from trainers.written import write_json
 
 log = logging.getLogger(__name__)
 

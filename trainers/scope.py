@@ -17,8 +17,8 @@ from trainers.callbacks.scope_drawing import scope_figure
 from trainers.command import run
 from trainers.editors import Spec
 from trainers.evaluation_run import drawn
-from trainers.report import check_file, write_json
 from trainers.workers import Specs, build, wanted_of
+from trainers.written import check_file, write_json
 
 
 def scope(

@@ -28,8 +28,9 @@ from trainers.callbacks.speed_drawing import speed_figure
 from trainers.command import run
 from trainers.editors import Spec
 from trainers.evaluation_run import bar
-from trainers.report import check_folder, command_line, hardware, write_json, write_text
+from trainers.provenance import command_line, hardware
 from trainers.workers import BASELINES, Specs, build, wanted_of
+from trainers.written import check_folder, write_json, write_text
 
 ENOUGH = 20.0  # seconds of encoding after which it is not repeated
 

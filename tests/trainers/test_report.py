@@ -20,7 +20,9 @@ from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers import evaluation_run
 from trainers.evaluation_run import run_evaluation
 from trainers.protocols import Judging
-from trainers.report import Report, check_file, contradictions, failures, print_table, write_json
+from trainers.report import Report, failures
+from trainers.report_table import contradictions, print_table
+from trainers.written import check_file, write_json
 
 SHAPE = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modules.metrics import exact_match
 from trainers.benchmark.groups import Group, Result, apart, group_of
-from trainers.report import write_text
+from trainers.written import write_text
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; }

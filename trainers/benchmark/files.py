@@ -13,7 +13,8 @@ from typing import Any
 from modules.backbone import Backbone
 from modules.export import versions
 from trainers.benchmark.grid import Cell
-from trainers.report import hardware, write_json
+from trainers.provenance import hardware
+from trainers.written import write_json
 
 UNFINISHED = "it was broken off, or is still running"
 

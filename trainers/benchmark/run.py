@@ -33,7 +33,7 @@ from trainers.benchmark.grid import Benchmark, Cell, matching, spans
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
-from trainers.report import command_line, hardware
+from trainers.provenance import command_line, hardware
 from trainers.result_cache import code
 from trainers.workers import Specs, built, spread
 

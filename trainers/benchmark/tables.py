@@ -10,7 +10,9 @@ from typing import Any
 from modules.fluency import CONSISTENCY, FLUENCY
 from modules.metrics import from_file
 from trainers.benchmark.groups import Group, Result, apart, group_of, numbers
-from trainers.report import COLUMNS, CONSISTENCY_LEGEND, FLUENCY_LEGEND, UNRANKED, contradictions, write_text
+from trainers.columns import COLUMNS, CONSISTENCY_LEGEND, FLUENCY_LEGEND, UNRANKED
+from trainers.report_table import contradictions
+from trainers.written import write_text
 
 LEGENDS = ((FLUENCY, FLUENCY_LEGEND), (CONSISTENCY, CONSISTENCY_LEGEND))
 FIELDS: tuple[str, ...] = (

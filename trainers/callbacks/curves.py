@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from modules.fluency import FLUENCY
 from modules.metrics import from_file
 from trainers.callbacks.figures import GOLDEN, ZERO, blank, open_axes
-from trainers.report import COLUMNS, Report
+from trainers.columns import COLUMNS
+from trainers.report import Report
 
 # Okabe-Ito again, then the same with other markers, or dashes where there are none
 COLOURS = (GOLDEN, ZERO, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -17,8 +17,11 @@ from modules.editor import Edited, Editor
 from modules.evaluation import Answers, evaluate
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.callbacks.common import trained_editor, untouched
+from trainers.columns import COLUMNS
 from trainers.evaluation_run import drawn, meeting_conditions
-from trainers.report import COLUMNS, Report, add_evaluation, add_failure, new_report, print_table, write_json
+from trainers.report import Report, add_evaluation, add_failure, new_report
+from trainers.report_table import print_table
+from trainers.written import write_json
 
 BASELINES: tuple[type[Editor], ...] = (Unedited, InContext, RightEdit)
 
