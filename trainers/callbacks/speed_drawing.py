@@ -1,5 +1,6 @@
 """The figure of `trainers.speed`: values in, a matplotlib Figure out (see figures.py)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,11 @@ PANELS = (
     ("accuracy (dashed: rephrases)", "token accuracy", False, {"reliability": 1.0, "generality": 1.0}),
 )
 BARS = (
-    ("encoding, seconds", "encode_seconds", 1.0),
-    ("prompt, ms", "prompt_seconds", 1e3),
-    ("a token, ms", "token_seconds", 1e3),
-    ("kept, MiB", "state_bytes", 2.0**-20),
-    ("memory more, MiB", "peak_bytes", 2.0**-20),
+    ("encoding, seconds", True, "encode_seconds", 1.0),
+    ("prompt, ms", False, "prompt_seconds", 1e3),
+    ("a token, ms", False, "token_seconds", 1e3),
+    ("kept, MiB", True, "state_bytes", 2.0**-20),
+    ("memory more, MiB", False, "peak_bytes", 2.0**-20),
 )
 
 
@@ -68,19 +69,22 @@ def _lines(rows: Sequence[Measured]) -> Figure:
 
 
 def _bars(rows: Sequence[Measured]) -> Figure:
-    """What each editor costs at one number of edits, a panel a cost; that of encoding is logarithmic."""
+    """What each editor costs at one number of edits, a panel a cost."""
     figure = blank(13, 1.1 + 0.25 * len(rows))
     panels: Any = figure.subplots(1, len(BARS), sharey=True)
     names = [r.editor for r in rows]
-    for axes, (title, what, unit) in zip(panels, BARS, strict=True):
+    for axes, (title, logarithmic, what, unit) in zip(panels, BARS, strict=True):
         lengths = [unit * (getattr(r, what) or 0.0) for r in rows]
         axes.barh(names, lengths, color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))], height=0.65)
         for y, row in enumerate(rows):
             if getattr(row, what) is None:
                 where = axes.get_yaxis_transform()  # the left edge, whatever the scale
                 axes.text(0, y, " -", va="center", fontsize=7, color="#777777", transform=where)
-        if what == "encode_seconds" and any(lengths):
+        if logarithmic and any(lengths):
             axes.set_xscale("log")
+            axes.set_xlim(left=10 ** math.floor(math.log10(min(filter(None, lengths)))))  # where the shortest shows
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
         axes.set_title(title, fontsize=9)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
         open_axes(axes)
