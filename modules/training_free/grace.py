@@ -7,7 +7,7 @@ N edits, K keys, B rows, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from datamodules.records import EditRequest
 from datamodules.tokens import Encoded
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.hypernetwork.batch import Scored
+from modules.hypernetwork.batch import Scored, padded
 from modules.interventions import Hook, hooked, shape
 from modules.training_free.codebook import Codebook, rounding
 from modules.training_free.locate import layer_numbers
@@ -33,7 +33,7 @@ from modules.training_free.shared import (
     to_make,
     tuning,
 )
-from modules.training_free.subject import Row, subject_states
+from modules.training_free.subject import Enough, Row
 
 Replace = Literal["last", "prompt"]
 
@@ -102,9 +102,22 @@ class GRACE(Editor):
         yield GraceEdited(self, backbone).add(requests)
 
     def queries(self, backbone: Backbone, rows: Sequence[Scored]) -> Tensor:
-        """The layer's inputs at the prompts' last tokens [N, d_in], in float32 or better."""
-        prompts, name = [Row(r.ids, r.start - 1, r.start) for r in rows], self.place(backbone)
-        return subject_states(backbone, prompts, [name], [], self.batch_size)[name]
+        """The layer's inputs at the prompts' last tokens [N, d_in], in float32 or better, by a pass that ends there.
+
+        Prompts are read with their targets, as they are when they are scored: in half precision other shapes round
+        otherwise, and a prompt would be beyond the ball of its own key.
+        """
+        found: list[Tensor] = []
+
+        def look(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            found.append(given[0])
+            raise Enough
+
+        ids, mask, _ = (t.to(backbone.device) for t in padded(backbone.tokenizer, rows))
+        with torch.no_grad(), hooked(backbone.model, {self.place(backbone): look}), suppress(Enough):
+            backbone.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        x = found[0][range(len(rows)), [row.start - 1 for row in rows]]
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def begin(self, row: Scored) -> int:
         """The first token that a value is put at."""
@@ -218,10 +231,12 @@ class GraceEdited(Edited):
         book, tuned = self.codebook, {}  # key -> the row that its value is tuned on
         same = rounding(next(backbone.model.parameters()).dtype)
         with tuning(backbone):
-            for row, query in zip(rows, editor.queries(backbone, rows) if rows else (), strict=True):
-                book, fresh = book.place(query, row.ids[row.start :], editor.epsilon, same)
-                if fresh or editor.tune_expanded:
-                    tuned[book.key_of[-1]] = row
+            for at in range(0, len(rows), editor.batch_size):
+                batch = rows[at : at + editor.batch_size]
+                for row, query in zip(batch, editor.queries(backbone, batch), strict=True):
+                    book, fresh = book.place(query, row.ids[row.start :], editor.epsilon, same)
+                    if fresh or editor.tune_expanded:
+                        tuned[book.key_of[-1]] = row
             values = book.values.clone()
 
             def reread(key: int) -> tuple[int, int]:
