@@ -21,7 +21,7 @@ from datamodules.tokens import encode
 from modules.backbone import Backbone, BackboneConfig
 from modules.editor import Edited, Editor
 from modules.export import versions
-from modules.meter import Meter
+from modules.meter import Meter, now
 from modules.speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
 from trainers.analyse import distinct
 from trainers.callbacks.speed_drawing import speed_figure
@@ -140,17 +140,16 @@ def measure(
     """
     prompts = [r.request.prompt or r.request.statement for r in records]
     try:
-        meter, encoding = Meter(backbone, every=0.01), Meter(backbone)
+        meter = Meter(backbone, every=0.01)
         with ExitStack() as stack:
             with meter.running():
-                edited = _encode(stack, editor, backbone, requests, encoding)
+                edited, seconds = _encode(stack, editor, backbone, requests)
                 decoded = decoding(edited, prompts, new_tokens)
             kept = state_bytes(edited)
-        spent = [encoding.seconds]
+        spent = [seconds]
         while len(spent) < repeats and sum(spent) < ENOUGH:
             with ExitStack() as stack:
-                _encode(stack, editor, backbone, requests, again := Meter(backbone))
-            spent.append(again.seconds)
+                spent.append(_encode(stack, editor, backbone, requests)[1])
         scores = {} if is_made_up else _accuracies(editor, backbone, requests, records, batch_size)
     except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
         return Measured(editor.name, len(requests), is_made_up, error=str(error).split("\n")[0])
@@ -169,13 +168,13 @@ def measure(
 
 
 def _encode(
-    stack: ExitStack, editor: Editor, backbone: Backbone, requests: Sequence[EditRequest], meter: Meter
-) -> Edited:
-    """Edit for as long as the stack lasts; the meter has what it takes from edits to a model ready for a query."""
-    with meter.running():
-        edited = stack.enter_context(editor.edit(backbone, requests))
-        prefill(edited)
-    return edited
+    stack: ExitStack, editor: Editor, backbone: Backbone, requests: Sequence[EditRequest]
+) -> tuple[Edited, float]:
+    """Edit for as long as the stack lasts; seconds from edits to a model that is ready for a query."""
+    start = now(backbone)
+    edited = stack.enter_context(editor.edit(backbone, requests))
+    prefill(edited)
+    return edited, now(backbone) - start
 
 
 def _accuracies(
