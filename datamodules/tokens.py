@@ -1,4 +1,4 @@
-"""Text to tokens: the one place where prompts, targets and edits are tokenised.
+"""Text to tokens and back: the one place where prompts, targets and edits are tokenised.
 
 Everything else works on the spans returned here, so a target's tokens are the same whichever editor asks for them.
 Shapes: R rows, T tokens.
@@ -85,6 +85,18 @@ def encode_subject(
     stem = context + prompt
     _, offsets = _tokens(tokenizer, join(stem, target) if target else stem, bos)
     return encoded, max(i for i, (start, stop) in enumerate(offsets) if start < end and stop > start)
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], new: Sequence[int]) -> str:
+    """New tokens as text that follows what stood before them, with the space between the two where there is one.
+
+    Decoded alone, the first of them would lose its space in tokenizers that mark words (SentencePiece, Llama 2), and
+    the end of a word could not be told from a new one.
+    """
+    tail = list(before[-8:])  # enough to be no beginning of a text
+    first, both = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (tail, [*tail, *new]))
+    # not so where new bytes complete a character
+    return both.removeprefix(first) if both.startswith(first) else str(tokenizer.decode(new, skip_special_tokens=True))
 
 
 def windows(

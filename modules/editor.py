@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from datamodules.records import EditRequest
-from datamodules.tokens import Encoded, encode, pad, pad_id
+from datamodules.tokens import Encoded, continuation, encode, pad, pad_id
 from modules.backbone import Backbone
 from modules.interventions import LowRank
 from modules.prefixes import alike, can_share, repeated
@@ -155,7 +155,8 @@ class Edited:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
-        """Greedy continuations, without the prompts, cut at the first end-of-text token.
+        """Greedy continuations, without the prompts, cut at the first end-of-text token: `prompt + continuation` is the
+        whole text, with a space between them or none, as the model wrote it.
 
         Raises:
             ValueError: for an empty prompt, or where a continuation would leave the context window.
@@ -167,8 +168,8 @@ class Edited:
         texts: dict[int, str] = {}
         for reader, batch, read in self._batches(rows, [len(row) - 1 for row in rows], batch_size):
             new = reader._generate([rows[i][read:] for i in batch], max_new_tokens)
-            decode = self.backbone.tokenizer.decode
-            texts.update((i, str(decode(ids, skip_special_tokens=True))) for i, ids in zip(batch, new, strict=True))
+            tokenizer = self.backbone.tokenizer
+            texts.update((i, continuation(tokenizer, rows[i], ids)) for i, ids in zip(batch, new, strict=True))
         return [texts[i] for i in range(len(rows))]
 
     def _batches(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.records import EditRecord, join
+from datamodules.records import EditRecord
 from datamodules.tokens import encode
 from modules.editor import Edited
 
@@ -163,12 +163,7 @@ def written(
 
 def _cut(edited: Edited, prompt: str, continuation: str, max_tokens: int) -> str:
     """Prompt and continuation; every text gets so many tokens, however long its prompt."""
-    if not continuation.strip():
-        return prompt
     tokenizer = edited.backbone.tokenizer
-    ids = encode(tokenizer, prompt, continuation).ids
-    return (
-        join(prompt, continuation)
-        if len(ids) <= max_tokens
-        else str(tokenizer.decode(list(ids[:max_tokens]), skip_special_tokens=True))
-    )
+    text = prompt + continuation
+    ids = encode(tokenizer, text).ids
+    return text if len(ids) <= max_tokens else str(tokenizer.decode(list(ids[:max_tokens]), skip_special_tokens=True))

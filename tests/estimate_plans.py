@@ -1,7 +1,10 @@
-"""Plans of small and large models for the dry run."""
+"""Plans of small and large models for the dry run, and what a real step of them allocates."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch.profiler import ProfilerActivity, profile
 
 from trainers.estimate import named
 from trainers.estimate.command import parsed
@@ -37,3 +40,15 @@ def wide(*more: str) -> list[str]:
 
 def tiny_plan(*more: str, gpus: int = 1, card: str = "cpu") -> Plan:
     return plan_of(parsed(["--config=incomes_tiny.yaml", *more]), gpus, named(card))
+
+
+def most_allocated(step: Callable[[], object], held: int) -> int:
+    """The most bytes that tensors hold at a time during a step, by torch's own profiler, of which `held` were there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = most = held
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += cast(Any, event).nbytes()
+        most = max(most, now)
+    return most

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from datamodules.tokens import Encoded, encode, pad, pad_id
+from datamodules.tokens import Encoded, continuation, encode, pad, pad_id
 from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore
 from modules.serac.losses import mix
@@ -75,8 +75,9 @@ class Mixture:
         """See `Edited.generate`."""
         texts = []
         for at in range(0, len(prompts), batch_size):
-            new = self._generate(prompts[at : at + batch_size], max_new_tokens)
-            texts += [str(self.backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+            some, tokenizer = prompts[at : at + batch_size], self.backbone.tokenizer
+            new = self._generate(some, max_new_tokens)
+            texts += [continuation(tokenizer, encode(tokenizer, p).ids, row) for p, row in zip(some, new, strict=True)]
         return texts
 
     def _generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:

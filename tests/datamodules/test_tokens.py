@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from datamodules.tokens import adds_bos, encode, encode_subject, pad, pad_id, windows
+from datamodules.tokens import adds_bos, continuation, encode, encode_subject, pad, pad_id, windows
 from modules.byte_tokenizer import byte_tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -167,3 +167,27 @@ def test_windows_of_running_text(bos: bool) -> None:
     running = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
     assert [i for w in found for i in w[bos:]] == list(running)[: 25 - 5 * bos]
     assert [len(w) for w in windows(tokenizer, ["abc"], 6, 25)] == [5 + bos]  # all there is
+
+
+def test_a_continuation_keeps_the_space_before_it() -> None:
+    """A tokenizer of marked words, as SentencePiece's, takes the first word's mark for the beginning of a text."""
+    names = ["<s>", "<unk>", "▁Paris", "▁is", "ian", "."]
+    core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
+    assert tokenizer.decode([3]) == "is"
+    assert continuation(tokenizer, [0, 2], [3, 5]) == " is."
+    assert continuation(tokenizer, [0, 2], [4, 3]) == "ian is"
+    assert continuation(tokenizer, [0], [2, 3]) == "Paris is"
+    assert continuation(tokenizer, [0, 2], []) == continuation(tokenizer, [0, 2], [0]) == ""
+    long = [0, *[2, 3] * 40]
+    assert continuation(tokenizer, long, [2]) == " Paris"
+
+
+def test_a_continuation_that_completes_a_character() -> None:
+    euro = "€".encode()
+    tokenizer = bpe([])
+    ids = encode(tokenizer, "€").ids
+    assert len(ids) == len(euro) == 3
+    assert continuation(tokenizer, ids[:1], ids[1:]) == tokenizer.decode(ids[1:])  # never more than is new
+    assert continuation(tokenizer, encode(tokenizer, "5").ids, ids) == "€"

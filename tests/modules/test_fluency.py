@@ -98,3 +98,11 @@ def test_what_cannot_be_written_is_refused(tiny: Callable[..., Backbone]) -> Non
     with pytest.raises(ValueError, match="prompts for each of 2 records"):
         written(edited, [["a"], ["b"]], [["x"]])
     assert written(edited, []) == []
+
+
+@pytest.mark.parametrize("more", ["ian law", "'s law", " of laws", ". Law", ""])
+def test_a_continuation_joins_as_it_was_written(tiny: Callable[..., Backbone], more: str) -> None:
+    """A word that is written on is one word."""
+    edited = Edited(tiny())
+    edited.generate = lambda prompts, **_: [more for _ in prompts]  # type: ignore[method-assign]
+    assert written(edited, [["The Paris"]], max_tokens=48)[0].texts == (f"The Paris{more}",)

@@ -4,38 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from gist_exports import DATA, SHAPE, export_gists
 
 from modules.backbone import BackboneConfig
 from modules.export import export
 from modules.gist.analysis_temperature import Aligned
 from modules.gist.analysis_traces import Place
-from modules.gist.model import GistConfig
-from modules.trained.incomes import InComeS
 from modules.trained.mend import MEND
 from trainers.analyse import analyse, trained_on
 from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 700,
-}
-DATA = '--data=[{"format": "facts", "options": {"split": "test"}, "limit": 40}]'
-
 
 @pytest.fixture(scope="module", params=["qk", "hidden"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "editor"
-    torch.manual_seed(0)
-    module = InComeS(BackboneConfig("random:llama", overrides=SHAPE), GistConfig(selection=request.param))
-    module.configure_model()
-    export(module, folder, {"data": {"init_args": {"pool_sizes": [2, 4]}}})
-    return folder
+    trained = {"data": {"init_args": {"pool_sizes": [2, 4]}}}
+    return export_gists(tmp_path_factory.mktemp(request.param) / "editor", request.param, trained)
 
 
 def test_analyse_writes_everything(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from estimate_plans import most_allocated
 
 from trainers.cli import CONFIGS
 from trainers.estimate import estimate, main, named, refuse, sized
@@ -79,16 +79,13 @@ def test_a_step_holds_what_a_real_one_allocates(method: str, more: list[str]) ->
     for p in parameters:
         p.grad = torch.zeros_like(p)
     held = sum(p.nbytes for p in parameters)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+
+    def once() -> None:
         loss = module.losses(batch, training=True)["loss"]
         module.zero_grad()
         loss.backward()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = held
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += cast(Any, event).nbytes()
-        most = max(most, now)
-    assert sum(step.peak.values()) == pytest.approx(most, rel=0.06)
+
+    assert sum(step.peak.values()) == pytest.approx(most_allocated(once, held), rel=0.06)
 
 
 def test_terms_are_of_each_query_or_pool() -> None:

@@ -4,13 +4,11 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from estimate_plans import MODEL, WIDE, random_source, tiny_plan, wide
-from torch.profiler import ProfilerActivity, profile
+from estimate_plans import MODEL, WIDE, most_allocated, random_source, tiny_plan, wide
 
 from trainers.estimate import named
 from trainers.estimate.command import parsed
@@ -65,17 +63,14 @@ def test_a_step_holds_what_a_real_one_allocates(more: list[str]) -> None:
     for p in module.gists.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     held = sum(p.grad.nbytes for p in module.gists.parameters() if p.grad is not None)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+
+    def once() -> None:
         with torch.autocast("cpu", plan.autocast or torch.bfloat16, enabled=plan.autocast is not None):
             loss = module.losses(batch, batch.visible)["loss"]
         module.zero_grad()
         loss.backward()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = held
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += cast(Any, event).nbytes()
-        most = max(most, now)
-    assert sum(step.peak.values()) == pytest.approx(most, rel=0.06)
+
+    assert sum(step.peak.values()) == pytest.approx(most_allocated(once, held), rel=0.06)
 
 
 def test_work_of_a_step() -> None:

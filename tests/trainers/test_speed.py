@@ -4,38 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from gist_exports import DATA, SHAPE, export_gists
 
-from modules.backbone import BackboneConfig
-from modules.export import export
-from modules.gist.model import GistConfig
 from modules.speed import Measured
-from modules.trained.incomes import InComeS
 from trainers.callbacks.figures import GOLDEN
 from trainers.callbacks.speed_drawing import speed_figure
 from trainers.command import run
 from trainers.speed import markdown, speed
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 700,
-}
-DATA = '--data=[{"format": "facts", "options": {"split": "test"}, "limit": 40}]'
 SMALL = ["--queries=2", "--new_tokens=3", "--repeats=1"]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gists") / "editor"
-    torch.manual_seed(0)
-    module = InComeS(BackboneConfig("random:llama", overrides=SHAPE), GistConfig(selection="qk"))
-    module.configure_model()
-    export(module, folder)
-    return folder
+    return export_gists(tmp_path_factory.mktemp("gists") / "editor", "qk")
 
 
 def test_speed_marks_what_does_not_fit(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
