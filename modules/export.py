@@ -17,6 +17,8 @@ and of SERAC, in place of editor.safetensors
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,11 +88,16 @@ def export(module: L.LightningModule, folder: Path, about: dict[str, Any] | None
     (folder / "editor.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_editor(folder: Path | str) -> TrainedEditor:
+def load_editor(folder: Path | str, trust_remote_code: bool = False) -> TrainedEditor:
     """The editor in a folder that `export` wrote.
 
+    Args:
+        trust_remote_code: run code that the models' own repositories ship, where the editor was trained with it. An
+            export may be anybody's, so that what it says of that itself is not enough.
+
     Raises:
-        ValueError: where the folder is none, or a file is missing or does not fit; it names the file.
+        ValueError: where the folder is none, or a file is missing or does not fit, or wants such code; it names the
+            file.
     """
     folder = Path(folder)
     file = folder / "editor.json"
@@ -98,7 +105,7 @@ def load_editor(folder: Path | str) -> TrainedEditor:
         raise ValueError(
             f"{folder} is no exported editor: it has no editor.json. Make one with `python -m trainers.export`"
         )
-    try:
+    with _named(file):
         facts = json.loads(file.read_text(encoding="utf-8"))
         known = {e.name: e.kind for e in EDITORS}
         if facts["format"] != FORMAT or facts["editor"] not in known:
@@ -107,8 +114,27 @@ def load_editor(folder: Path | str) -> TrainedEditor:
         for part in ("backbone", "counterfactual"):  # Liger's kernels run on CUDA alone, and this may be used anywhere
             if part in facts:
                 facts[part]["liger"] = False
+        wants_code = any(_wants_code(facts.get(part, {})) for part in ("backbone", "counterfactual", "scope"))
+    if wants_code and not trust_remote_code:
+        raise ValueError(
+            f"{file} asks to run code that its model's repository ships; if you trust that repository, give "
+            "--trust_remote_code true"
+        )
+    with _named(file):
         module = kind.build(folder, facts)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error!r}; export again") from error
     kind.fill(module, folder)
     return module.editor()
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What is wrong with a file says which one it is."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error!r}; export again") from error
+
+
+def _wants_code(model: dict[str, Any]) -> bool:
+    """Whether a model as an editor.json tells of it, or one inside of that, is to run code of its own."""
+    return bool(model.get("trust_remote_code")) or any(_wants_code(m) for m in model.values() if isinstance(m, dict))

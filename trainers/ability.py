@@ -34,6 +34,7 @@ def ability(
     seed: int = 0,
     batch_size: int = 8,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Put tasks of general ability to a model, unedited and after so many edits by each editor: one JSON file, a table.
 
@@ -53,6 +54,7 @@ def ability(
         seed: draws records and examples, and the bootstrap.
         batch_size: examples in one forward pass.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        trust_remote_code: run code that the model's repository ships, where an exported editor asks for it.
     """
     counts = sorted(set(edits if edits is not None else [0, 100]))
     if not counts or counts[0] < 0 or (examples is not None and examples < 1):
@@ -68,7 +70,7 @@ def ability(
     chosen_tasks = [task(spec, released) for spec in tasks or DEFAULT]
     check_tasks(chosen_tasks)
     check_file(Path(out), "--out")
-    specs = Specs(backbone, tuple(editor or ()), device=device)
+    specs = Specs(backbone, tuple(editor or ()), device=device, trust_remote_code=trust_remote_code)
     wanted_of(specs)
     every = load(data)
     if counts[-1] > len(every):

@@ -42,6 +42,7 @@ def analyse(
     out: str = "analysis",
     seed: int = 0,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Analyse what an exported InComeS selects among growing pools: one JSON file, tables and figures.
 
@@ -57,6 +58,7 @@ def analyse(
         out: the folder of analysis.json, temperature.png and, by pool size, layers_N.png, places_N.png, tokens_N.png.
         seed: draws the records.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        trust_remote_code: run code that the model's repository ships, where an exported editor asks for it.
     """
     refuse_others(editor)
     place = device_named(device)
@@ -71,7 +73,7 @@ def analyse(
             f"--pool_sizes, --reference: the largest pool has {max(*sizes, base)} edits, the data has {len(records)} "
             "different ones; give more data or smaller pools"
         )
-    loaded = load_editor(editor)
+    loaded = load_editor(editor, trust_remote_code)
     assert isinstance(loaded, GistEditor)
     loaded.to(place)
     folder, console = Path(out), Console()

@@ -31,6 +31,7 @@ def edit(
     compare: bool = True,
     backbone: BackboneConfig | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Make edits and show what the model says before and after.
 
@@ -47,6 +48,7 @@ def edit(
         compare: also show the answer before editing.
         backbone: what a training-free editor edits, as --backbone.source NAME; an exported one brings its own.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        trust_remote_code: run code that the model's repository ships, where an exported editor asks for it.
     """
     _check_folders(pool=pool, save=save, merge=merge)
     requests = read_requests(edits) if edits else []
@@ -57,7 +59,12 @@ def edit(
     exported = isinstance(wanted, Path)
     if exported and backbone:
         raise ValueError("--backbone: an exported editor brings its own; leave it out")
-    specs = Specs(None if exported else backbone or BackboneConfig(), (editor,), device=device)
+    specs = Specs(
+        None if exported else backbone or BackboneConfig(),
+        (editor,),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     model, (chosen,) = build(specs)
     loaded = chosen.editor
     with ExitStack() as stack:

@@ -40,6 +40,7 @@ def evaluate(
     batch: int | None = None,
     checkpoints: list[int] | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
     demonstrations: Demonstrations | None = None,
     fluency: bool = False,
     references: str | None = None,
@@ -74,6 +75,7 @@ def evaluate(
         batch: records of one edit.
         checkpoints: numbers of records edited so far; by default 1, 10, 100, ... and the end.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        trust_remote_code: run code that the model's repository ships, where an exported editor asks for it.
         demonstrations: of the protocol mquake.
         fluency: of the protocol counterfact: let the models write too, and measure fluency (GE); takes minutes.
         references: texts in the shape of ROME's attribute_snippets.json, for the consistency (RS) of what is written.
@@ -98,7 +100,7 @@ def evaluate(
     if baselines is None:
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
     check_file(Path(out), "--out")
-    specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device)
+    specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device, trust_remote_code)
     wanted = wanted_of(specs)
     if not (wanted or baselines):
         raise ValueError("nothing to evaluate: give --editor, or --baselines")

@@ -48,6 +48,7 @@ def speed(
     out: str = "speed",
     seed: int = 0,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Measure encoding, decoding, memory and accuracy of editors and baselines, over numbers of edits made at once.
 
@@ -68,8 +69,10 @@ def speed(
         out: the folder of speed.json, speed.md and speed.png.
         seed: draws the records.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        trust_remote_code: run code that the model's repository ships, where an exported editor asks for it.
     """
-    specs = Specs(backbone, tuple(editor or ()), ("icl",) if baselines is None else tuple(baselines), device)
+    known = ("icl",) if baselines is None else tuple(baselines)
+    specs = Specs(backbone, tuple(editor or ()), known, device, trust_remote_code)
     wanted = wanted_of(specs)
     if alone := [name for name in specs.baselines if BASELINES[name].own_edit_only]:
         raise ValueError(f"--baselines: {alone[0]!r} is given each record's own edit, so many edits cost it nothing")

@@ -34,12 +34,14 @@ class Specs:
         editors: as `--editor` of trainers.evaluate.
         baselines: names of `BASELINES`, which come before them.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
+        trust_remote_code: of exported editors, see `modules.export.load_editor`.
     """
 
     backbone: BackboneConfig | None
     editors: tuple[Spec, ...]
     baselines: tuple[str, ...] = ()
     device: str = "auto"
+    trust_remote_code: bool = False
 
 
 def wanted_of(specs: Specs) -> list[TrainingFree | Path]:
@@ -71,7 +73,7 @@ def build(specs: Specs, device: str | None = None) -> tuple[Backbone, list[Chose
     """
     wanted = wanted_of(specs)
     place = device_named(device or specs.device)
-    exported = {one: load_editor(one) for one in wanted if isinstance(one, Path)}
+    exported = {one: load_editor(one, specs.trust_remote_code) for one in wanted if isinstance(one, Path)}
     model = load_backbone(specs.backbone) if specs.backbone else next(iter(exported.values())).reader
     if isinstance(model, WithoutAdapters):  # only its own editor passes its adapters by
         model = load_backbone(model.config, model.tokenizer)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from datamodules.records import EditRecord
-from modules.backbone import BackboneConfig
+from modules.backbone import Backbone, BackboneConfig
 from modules.export import export, load_editor
 from modules.hypernetwork.editor import DeltaEditor
 from modules.hypernetwork.module import EditedLayers
@@ -77,3 +77,42 @@ def test_another_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="LightningModule cannot be exported; there are: incomes, mend"):
         export(L.LightningModule(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def foreign(tiny: Callable[..., Backbone], tmp_path: Path) -> Path:
+    """A model's folder that brings code of its own, which leaves a file `ran` where it is run."""
+    folder = tmp_path / "foreign"
+    backbone = tiny()
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("inside", [(), ("backbone",), ("scope", "encoder"), ("counterfactual",)])
+def test_an_export_runs_no_code_that_the_user_does_not_trust(
+    trained: MEND, tmp_path: Path, foreign: Path, inside: tuple[str, ...]
+) -> None:
+    """Whatever its editor.json asks for."""
+    folder = tmp_path / "out"
+    export(trained, folder)
+    file = folder / "editor.json"
+    about = json.loads(file.read_text(encoding="utf-8"))
+    about["backbone"]["source"] = str(foreign)
+    part = about
+    for name in inside:
+        part = part.setdefault(name, {})
+    part["trust_remote_code"] = True
+    file.write_text(json.dumps(about), encoding="utf-8")
+    told = "--trust_remote_code true" if inside else "foreign"  # beside the models nobody heeds it
+    with pytest.raises(ValueError, match=told):
+        load_editor(folder)
+    assert not (tmp_path / "ran").exists()
+    if inside == ("backbone",):
+        with pytest.raises(ValueError, match=r"has no attribute .Own"):  # the code runs, and is no model
+            load_editor(folder, trust_remote_code=True)
+        assert (tmp_path / "ran").exists()
