@@ -96,7 +96,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], new:
     tail = list(before[-8:])  # enough to be no beginning of a text
     first, both = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (tail, [*tail, *new]))
     # not so where new bytes complete a character
-    return both.removeprefix(first) if both.startswith(first) else str(tokenizer.decode(new, skip_special_tokens=True))
+    return both.removeprefix(first) if both.startswith(first) else str(tokenizer.decode(list(new), skip_special_tokens=True))
 
 
 def windows(
