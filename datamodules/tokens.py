@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import join
 
-MASKED = -100  # label of a token that is not scored, torch's own default
+_NOWHERE = (0, 0)  # the characters of a BOS
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ def encode(
 ) -> Encoded:
     """Tokenise `context + prompt + target` and find the target by character offsets.
 
-    Prompt and target are tokenised as one text, so that merges across the boundary come out as in running text; the
-    first token that reaches into the target is the first target token. A BOS stands in front exactly when the tokenizer
-    puts one there itself, and only with `bos`; an EOS is never appended.
+    Prompt and target are tokenised as one text, so that merges across the boundary come out as in running text. The
+    target begins with the first token that reaches into it or, where the space before it is a token of its own, as
+    before numbers in Llama 3, Qwen and SmolLM2, with that: nobody gives a model the space that it has to write. A BOS
+    stands in front exactly when the tokenizer puts one there itself, and only with `bos`; an EOS is never appended.
 
     Raises:
         ValueError: if the text is empty, or the target is white space.
@@ -52,7 +53,8 @@ def encode(
     start = len(ids)
     if target:
         target_char = len(text) - len(target.lstrip())
-        start = next(i for i, (_, end) in enumerate(offsets) if end > target_char)
+        begins = (end > target_char or (begin >= len(stem) and (begin, end) != _NOWHERE) for begin, end in offsets)
+        start = next(i for i, here in enumerate(begins) if here)
     return Encoded(ids, start)
 
 
@@ -94,9 +96,8 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], new:
     the end of a word could not be told from a new one.
     """
     tail = list(before[-8:])  # enough to be no beginning of a text
-    first, both = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (tail, [*tail, *new]))
-    # not so where new bytes complete a character
-    return both.removeprefix(first) if both.startswith(first) else str(tokenizer.decode(list(new), skip_special_tokens=True))
+    first, both, alone = (str(tokenizer.decode(i, skip_special_tokens=True)) for i in (tail, [*tail, *new], list(new)))
+    return both.removeprefix(first) if both.startswith(first) else alone  # not so where new bytes complete a character
 
 
 def windows(
@@ -126,7 +127,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool) -> tuple[t
     """Ids of a text and the characters [start, end) of each; a BOS has none."""
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     head: list[Any] = [tokenizer.bos_token_id] if bos and adds_bos(tokenizer) else []
-    return (*head, *out["input_ids"]), [(0, 0)] * len(head) + [(start, end) for start, end in out["offset_mapping"]]
+    return (*head, *out["input_ids"]), [_NOWHERE] * len(head) + [(start, end) for start, end in out["offset_mapping"]]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -56,7 +56,12 @@ class Edited:
         backbone: the model that answers.
         bos: whether queries begin with a BOS, where the tokenizer uses one.
         context: text that stands before every prompt; its keys and values are computed once.
+
+    Attributes:
+        reads_prompts: what a prompt says, as text or where it ends, decides which edit answers; without one, none does.
     """
+
+    reads_prompts = False
 
     def __init__(self, backbone: Backbone, bos: bool = True, context: str = "") -> None:
         self.backbone = backbone
@@ -148,7 +153,8 @@ class Edited:
             logp = self.backbone.logits(h).float().log_softmax(-1)
             log_probs.append(logp.gather(1, label[:, None])[:, 0].cpu())
             predicted.append(logp.argmax(-1).cpu())
-            top.append(logp.topk(top_k).indices.cpu() if top_k else logp.new_empty(len(h), 0, dtype=torch.long).cpu())
+            k = min(top_k, logp.shape[-1])
+            top.append(logp.topk(k).indices.cpu() if k else logp.new_empty(len(h), 0, dtype=torch.long).cpu())
         sizes = [len(s) for s in spans]
         parts = (torch.cat(log_probs), torch.cat(predicted), labels.cpu(), torch.cat(top))
         return [TargetScore(*row) for row in zip(*(part.split(sizes) for part in parts), strict=True)]

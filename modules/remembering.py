@@ -55,6 +55,8 @@ class Remembering(Edited):
         editor: the method, which further edits are made by.
     """
 
+    reads_prompts = True
+
     def __init__(self, editor: MemoryEditor, backbone: Backbone, memory: EditMemory, context: str = "") -> None:
         super().__init__(backbone, context=context)
         self.editor = editor

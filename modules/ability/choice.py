@@ -75,7 +75,7 @@ class TwoWay(Choice):
 def choose(edited: Edited, prompts: Sequence[str], options: Sequence[Sequence[str]], batch_size: int = 32) -> list[int]:
     """Index of the option with the highest probability after each prompt, the sum over its tokens' log-probabilities.
 
-    Where all options of a prompt are one token after the same ids, one pass ranks them; otherwise each option is one.
+    Where all options of a prompt differ in their last token alone, one pass ranks them; otherwise each option is one.
     """
     chosen: dict[int, int] = {}
     longer = []
@@ -83,8 +83,8 @@ def choose(edited: Edited, prompts: Sequence[str], options: Sequence[Sequence[st
     tokens: dict[int, list[int]] = {}
     for i, (prompt, some) in enumerate(zip(prompts, options, strict=True)):
         rows = [encode(tokenizer, prompt, option) for option in some]
-        if all(len(r.target_ids) == 1 and r.ids[:-1] == rows[0].ids[:-1] for r in rows):
-            tokens[i] = [r.target_ids[0] for r in rows]
+        if all(r.ids[:-1] == rows[0].ids[:-1] for r in rows):
+            tokens[i] = [r.ids[-1] for r in rows]
         else:
             longer.append(i)
     vocabulary = edited.backbone.model.config.get_text_config().vocab_size
@@ -93,7 +93,7 @@ def choose(edited: Edited, prompts: Sequence[str], options: Sequence[Sequence[st
         some = ranked[at : at + AT_ONCE]
         scores = edited.score([prompts[i] for i in some], [options[i][0] for i in some], batch_size, top_k=vocabulary)
         for i, score in zip(some, scores, strict=True):
-            ranks = [int((score.top[0] == token).nonzero()[0]) for token in tokens[i]]
+            ranks = [int((score.top[-1] == token).nonzero()[0]) for token in tokens[i]]
             chosen[i] = ranks.index(min(ranks))
     pairs = [(prompts[i], option) for i in longer for option in options[i]]
     if pairs:

@@ -27,7 +27,7 @@ TRUST = "trust_remote_code: true lets it"
 def needs_lm_eval() -> None:
     """Raises ValueError: where lm-eval is not installed."""
     if find_spec("lm_eval") is None:
-        raise ValueError("lm-eval is not installed: pip install 'palimpsest[lm-eval]'")
+        raise ValueError("lm-eval is not installed: pip install -e '.[lm-eval]'")
 
 
 def loaded(name: str, include: str | None = None, shots: int | None = None, trust: bool = False) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore
 
 from datamodules.records import join
 from datamodules.tokens import adds_bos, encode
+from modules.asked import Asked
 from modules.editor import Edited
 
 NEW_TOKENS = 256  # where a task does not say how many, as lm-eval's own models
@@ -24,7 +25,7 @@ class EditedLM(LM):
 
     Which tokens of `context + continuation` are scored is lm-eval's rule: all beyond those that the context has alone,
     white space at the context's end not counted to it. An editor that reads the prompt as text (retrieval, a scope, a
-    codebook) is given the context as the prompt; white space that is a token of its own is then not scored.
+    codebook) is given the context as the prompt.
 
     Nothing is cut: what does not fit the context window beside the edits is an error (lm-eval's own models drop a
     prompt's beginning).
@@ -43,8 +44,6 @@ class EditedLM(LM):
         super().__init__()
         self.edited = edited
         self.batch_size = batch_size
-        kind = type(edited)
-        self.reads_prompts = kind.score is not Edited.score or kind._score is not Edited._score
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, whether greedy decoding would write it) of each (context, continuation)."""
@@ -95,12 +94,12 @@ class EditedLM(LM):
         if not context:
             return self._alone(continuation)
         tokenizer, text = self.edited.backbone.tokenizer, context + continuation
-        context = context.rstrip()
+        context = _stripped(context)
         continuation = text[len(context) :]
         count = len(encode(tokenizer, text).ids) - (len(encode(tokenizer, context).ids) if context else 0)
         split = bool(context and continuation.strip()) and join(context, continuation) == text
         own = len(encode(tokenizer, context, continuation).target_ids) if split else 0
-        if split and (self.reads_prompts or own == count):
+        if split and (self.edited.reads_prompts or own == count):
             return context, continuation, own
         self._needs_no_prompt(f"{continuation[:40]!r} follows its context without a space")
         # the last word goes over to the target, which then begins with white space or with the text
@@ -116,8 +115,15 @@ class EditedLM(LM):
         return "", first + text, len(encode(tokenizer, text, bos=False).ids)
 
     def _needs_no_prompt(self, what: str) -> None:
-        if self.reads_prompts:
+        if self.edited.reads_prompts:
             raise ValueError(f"{type(self.edited).__name__} reads the prompt as text, and {what}")
+
+
+def _stripped(context: str) -> str:
+    """Without white space at its end, which is the continuation's."""
+    if isinstance(context, Asked) and context.text.strip():
+        return Asked(context.shots, context.text.rstrip(), context.question.rstrip())
+    return context.rstrip()
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

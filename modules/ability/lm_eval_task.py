@@ -13,6 +13,7 @@ import numpy as np
 
 from modules.ability.lm_eval_files import harmless, loaded, needs_lm_eval
 from modules.ability.task import Answer, Example, Task
+from modules.asked import Asked
 from modules.editor import Edited, Editor
 from modules.remembering import MemoryEditor
 from modules.serac.editor import SeracEditor
@@ -127,6 +128,8 @@ class LmEval(Task):
             by_doc.setdefault(request.doc_id, []).append(request)
         found = []
         for number, requests in by_doc.items():
+            for request in requests:
+                request.arguments = _asked(request.args, task.doc_to_text(request.doc))
             self._requests[f"{name}/{number}"] = sorted(requests, key=lambda request: request.idx)
             found.append(_example(f"{name}/{number}", task, self._requests[f"{name}/{number}"]))
         return found
@@ -176,6 +179,15 @@ class LmEval(Task):
             there = ", ".join(m.removeprefix(f"{self.name}/") for m in found)
             raise ValueError(f"{self.main} was not measured; set `metric` to one of: {there}")
         return found
+
+
+def _asked(arguments: tuple[Any, ...], question: Any) -> tuple[Any, ...]:
+    """A request's arguments, its context told apart into solved questions and the one that is asked."""
+    context, *rest = arguments
+    if not rest or not isinstance(question, str) or not question.strip() or not context.endswith(question):
+        return arguments
+    shots = context.removesuffix(question)
+    return (Asked(shots, question) if shots else context, *rest)
 
 
 def _example(name: str, task: Any, requests: Sequence[Any]) -> Example:

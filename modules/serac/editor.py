@@ -45,6 +45,8 @@ class SeracEdited(Edited):
         soft: answer with a mixture of both models, weighted by similarity, in place of a choice (EasyEdit).
     """
 
+    reads_prompts = True
+
     def __init__(
         self,
         model: SeracModel,

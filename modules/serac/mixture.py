@@ -57,7 +57,8 @@ class Mixture:
             s = torch.full((len(left),), self._similarity(prompt), device=left.device)
             logp = mix(s, left, right.to(left.device)).cpu()  # [n, V]
             label = torch.tensor(row.ids[len(row.ids) - len(left) :], dtype=torch.long)
-            top = logp.topk(top_k).indices if top_k else torch.empty(len(left), 0, dtype=torch.long)
+            k = min(top_k, logp.shape[-1])
+            top = logp.topk(k).indices if k else torch.empty(len(left), 0, dtype=torch.long)
             found.append(TargetScore(logp.gather(1, label[:, None])[:, 0], logp.argmax(-1), label, top))
         return found
 

@@ -173,6 +173,8 @@ class GraceEdited(Edited):
         requests: edit i is answered by key `codebook.key_of[i]`.
     """
 
+    reads_prompts = True  # its codebook is asked at the prompt's last token
+
     def __init__(
         self,
         editor: GRACE,

@@ -24,7 +24,7 @@ from modules.kept_tensors import folder, read, write
 from modules.training_free.second_moments import fingerprint
 from modules.training_free.value_options import Place, ValueOptions
 
-VERSION = 1  # of how values are found: a change makes old files unknown
+VERSION = 2  # of how values are found: a change makes old files unknown
 NO_MATTER = ("chunk", "group", "keep")  # settings that do not change what is found
 
 

@@ -30,17 +30,18 @@ def bpe(merges: list[tuple[str, str]], bos: bool = False, eos: bool = False) -> 
 @pytest.mark.parametrize(
     ("prompt", "target", "text", "scored"),
     [
-        ("Lyon is in", "Japan", "Lyon is in Japan", "Japan"),
-        ("Lyon is in", " Japan", "Lyon is in Japan", "Japan"),
+        ("Lyon is in", "Japan", "Lyon is in Japan", " Japan"),
+        ("Lyon is in", " Japan", "Lyon is in Japan", " Japan"),
         ("Lyon is in ", "Japan", "Lyon is in Japan", "Japan"),
         ("Lyon is in\n", "Japan", "Lyon is in\nJapan", "Japan"),
         ("", "Japan", "Japan", "Japan"),
-        ("Zürich liegt in", "Österreich", "Zürich liegt in Österreich", "Österreich"),
-        ("首都は", "東京 都", "首都は 東京 都", "東京 都"),
-        ("🙂", "🙃", "🙂 🙃", "🙃"),
+        ("Zürich liegt in", "Österreich", "Zürich liegt in Österreich", " Österreich"),
+        ("首都は", "東京 都", "首都は 東京 都", " 東京 都"),
+        ("🙂", "🙃", "🙂 🙃", " 🙃"),
     ],
 )
 def test_one_space_stands_between_prompt_and_target(prompt: str, target: str, text: str, scored: str) -> None:
+    """It is the target's, unless the prompt brings it."""
     tokenizer = byte_tokenizer()
     row = encode(tokenizer, prompt, target)
     assert tokenizer.decode(row.ids) == text
@@ -61,6 +62,25 @@ def test_a_token_that_reaches_into_the_target_is_its_first() -> None:
     tokenizer = bpe([("n", "Ġ")])
     row = encode(tokenizer, "in", "Japan")
     assert tokenizer.convert_ids_to_tokens(list(row.target_ids))[0] == "J"
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_space_that_is_a_token_of_its_own_is_to_be_written(trimmed: bool, bos: bool) -> None:
+    """Before numbers Llama 3, Qwen and SmolLM2 have one; released code and EasyEdit count it to the target."""
+    tokenizer = bpe([("i", "s"), ("Ġ", "J"), ("Ġ", "i"), ("Ġi", "s")], bos)
+    core = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    if not bos:
+        core.post_processor = processors.ByteLevel(trim_offsets=trimmed)  # trimmed, its characters are none
+    for context in ("", "On J.\n"):
+        row = encode(tokenizer, "J is", "19", context)
+        assert tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["Ġ", "1", "9"]
+        row = encode(tokenizer, "J is", "J1", context)
+        assert tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["ĠJ", "1"]
+    row = encode(tokenizer, "", "19")
+    assert tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["1", "9"]
 
 
 def test_the_same_ids_as_running_text() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import string
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -185,3 +186,12 @@ def test_editors_leave_the_backbone_alone_and_say_what_they_are(backbone: Backbo
             edited.score(["Lyon is in"], ["Japan"])
     assert all(torch.equal(v, before[k]) for k, v in backbone.model.state_dict().items())
     assert (Unedited.own_edit_only, InContext.own_edit_only, RightEdit.own_edit_only) == (False, False, True)
+
+
+def test_more_answers_than_there_are_tokens_are_all(tiny: Callable[..., Backbone]) -> None:
+    """An editor's second model may have a smaller vocabulary than the one it was asked for."""
+    edited = Edited(tiny())
+    width = edited.backbone.logits(torch.zeros(1, edited.backbone.hidden_size)).shape[-1]
+    (score,) = edited.score(["City A is in"], ["B"], top_k=width + 5)
+    assert score.top.shape == (2, width)
+    assert sorted(score.top[0].tolist()) == list(range(width))

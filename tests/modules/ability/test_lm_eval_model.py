@@ -1,6 +1,7 @@
 """An edited model in lm-eval against lm-eval's own model on the same weights."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 from bag_of_words import BagOfWords
 from deltas import Nudge
+from gist_exports import export_gists
 
-from datamodules.records import EditRecord
+from datamodules.records import EditRecord, EditRequest
+from modules.asked import Asked
 from modules.backbone import Backbone
 from modules.editor import Edited
+from modules.export import load_editor
 from modules.training_free import GRACE, RAG
 from modules.training_free.icl import InContext
 
@@ -124,4 +128,17 @@ def test_editors_that_read_the_prompt_get_it_whole(tiny: Callable[..., Backbone]
         with pytest.raises(ValueError, match="without a context"):
             model.loglikelihood_rolling(asked(("text",)))
     with GRACE(layer=1, steps=1).edit(backbone, [records[0].request]) as edited:
-        assert EditedLM(edited).reads_prompts  # its codebook is asked at the prompt's last token
+        assert edited.reads_prompts  # its codebook is asked at the prompt's last token
+
+
+def test_an_editor_of_gists_scores_texts_without_a_prompt(tmp_path: Path) -> None:
+    """It reads no prompt as text; solved questions are read without its pool, and everything that is scored with it."""
+    editor = load_editor(export_gists(tmp_path / "gists", "qk"))
+    with editor.edit(editor.reader, [EditRequest("City B is in", "Peru")]) as edited:
+        model = EditedLM(edited)
+        assert model.loglikelihood_rolling(asked(("City B is in Peru",)))[0] < 0
+        assert all(total < 0 for total, _ in model.loglikelihood(asked(("", "alone"), ("no (space", "between)"))))
+        solved = Asked("Question: 1 + 1 is\nAnswer: 2\n\n", "Question: City B is in\nAnswer:")
+        apart, whole = model.loglikelihood(asked((solved, " Peru"), (str(solved), " Peru")))
+        assert apart[0] == pytest.approx(float(edited.score([solved], ["Peru"])[0].log_probs.sum()))
+        assert apart != whole

@@ -13,6 +13,7 @@ from modules.ability.lm_eval_task import LmEval
 from modules.ability.measure import change, measure
 from modules.ability.mmlu import Mmlu
 from modules.ability.task import drawn
+from modules.asked import question_of
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.training_free import GRACE, RAG, MeLLo
@@ -21,7 +22,7 @@ from modules.training_free.icl import InContext
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_eval_files, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'palimpsest\[lm-eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[lm-eval\]'"):
         TASKS["lm_eval"](name="mmlu")
 
 
@@ -57,6 +58,9 @@ def test_mmlu_is_our_own_reading_of_the_same_records(
     assert [e.options[0] for e in asked] == [" A"] * 16
     found, ours = (measure(Edited(backbone), t, e) for t, e in ((theirs, asked), (own, same)))
     assert found["metrics"]["lm_eval/law/acc"] == ours["metrics"]["mmlu/accuracy"]
+    contexts = {request.args[0] for example in asked for request in theirs._requests[example.id]}
+    assert {question_of(c) for c in contexts} == {question_of(e.prompt) for e in same}  # not the solved ones before it
+    assert not contexts & {question_of(c) for c in contexts}
     for one, other in zip(found["examples"], ours["examples"], strict=True):
         sums = [total for total, _ in one["responses"]]
         assert "ABCD"[sums.index(max(sums))] == other["choice"]

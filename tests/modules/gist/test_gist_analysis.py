@@ -122,7 +122,7 @@ def test_the_answers_tokens_alone(tiny_gists: Callable[..., GistModel], many: li
         count = len(row.ids) - row.target_start  # the token before the answer predicts its first one
         at += len(row.ids) - 1
         torch.testing.assert_close(answer[i * count : (i + 1) * count], whole[at - count : at])
-    assert len(answer) == 4 * 5  # "Land0" is five bytes
+    assert len(answer) == 4 * 6  # " Land0" is six bytes
 
 
 @pytest.mark.parametrize("selection", ["qk", "hidden", "both"])

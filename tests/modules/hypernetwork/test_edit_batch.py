@@ -25,14 +25,14 @@ def texts(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
 def test_every_record_gives_an_edit_a_rephrase_and_a_neighbour(records: list[EditRecord]) -> None:
     batch = collate(records)
     assert texts(batch.edits, batch.edits_mask) == [f"City {s} is in Land {i}" for i, s in enumerate("ABCD")]
-    assert texts(batch.edits, batch.edits_answer) == [f"Land {i}" for i in range(4)]
+    assert texts(batch.edits, batch.edits_answer) == [f" Land {i}" for i in range(4)]
     asked = texts(batch.queries, batch.queries_mask)
     assert batch.in_scope.tolist() == [True, False] * 4
     assert batch.query_pool.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for i, record in enumerate(records):
         assert asked[2 * i] in [f"{q.prompt} {q.target}" for q in record.rephrases]
         assert asked[2 * i + 1] == f"Village {'ABCD'[i]} is in Peru"
-    assert texts(batch.queries, batch.queries_answer)[:2] == ["Land 0", "Peru"]
+    assert texts(batch.queries, batch.queries_answer)[:2] == [" Land 0", " Peru"]
     assert batch.records == [r.id for r in records]
     assert batch.visible.sum(1).tolist() == [1] * 8
 

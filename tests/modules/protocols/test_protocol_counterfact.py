@@ -93,12 +93,13 @@ def test_a_model_that_its_edits_have_broken_is_not_measured() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_probability_is_that_of_the_whole_target_after_the_prompt(tiny: Callable[..., Backbone], kind: str) -> None:
     backbone = tiny(kind)
-    record = replace(LYON, rephrases=(Query("Lyon lies in ", ("Japan",)),))  # its space is not doubled
+    record = replace(LYON, rephrases=(Query("Lyon lies in ", ("Japan",)),))  # its space is neither doubled nor scored
     evaluation = evaluate_pools(CounterFact(3), Unedited(), backbone, [record], 1)
 
     def nll(prompt: str, target: str) -> float:
+        own = target if prompt.endswith(" ") else f" {target}"
         ids = backbone.tokenizer(f"{prompt.rstrip()} {target}", return_tensors="pt")["input_ids"]
-        n = len(target.encode())  # the tokenizer has a token a byte; the space before the target is not of it
+        n = len(own.encode())  # the tokenizer has a token a byte; the space before the target is one
         with torch.no_grad():
             logits = backbone.model(input_ids=ids).logits[0].double()
         return float(torch.nn.functional.cross_entropy(logits[-n - 1 : -1], ids[0, -n:]))

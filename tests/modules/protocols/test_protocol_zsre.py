@@ -78,9 +78,9 @@ def test_one_pass_equals_asking_for_one_token_after_another(tiny: Callable[..., 
     (result,) = evaluate_pools(ZSRE, Unedited(), backbone, [record], 1).records
 
     def memit(prompt: str, target: str) -> list[bool]:
-        hits = []
+        hits, target = [], f" {target}"
         for i in range(len(target)):  # a token a byte: each prefix of the answer, and the token that follows
-            ids = backbone.tokenizer(f"{prompt} {target[:i]}", return_tensors="pt")["input_ids"]
+            ids = backbone.tokenizer(f"{prompt}{target[:i]}", return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 best = backbone.model(input_ids=ids).logits[0, -1].argmax()
             hits.append(backbone.tokenizer.decode([int(best)]) == target[i])

@@ -104,8 +104,8 @@ def test_readings_begin_with_the_statement(records: list[EditRecord], collate: C
     assert text(batch.readings[4], batch.readings_mask[4]) == f"City C is in Land 2. {asked}"
     assert text(batch.plain[4], batch.plain_mask[4]) == asked
     for ids, answer in ((batch.readings, batch.readings_answer), (batch.plain, batch.plain_answer)):
-        assert text(ids[4], answer[4]) == "Land 2"
-        assert text(ids[5], answer[5]) == "Peru"
+        assert text(ids[4], answer[4]) == " Land 2"
+        assert text(ids[5], answer[5]) == " Peru"
 
 
 def test_an_answer_without_a_prompt_is_scored_where_both_models_have_its_tokens(

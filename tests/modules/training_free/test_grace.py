@@ -219,8 +219,9 @@ def test_enough_steps_give_the_target_and_a_new_answer_overrules(
 ) -> None:
     backbone = tiny()
     editor = GRACE(layer=2, epsilon=1e-3, steps=60, lr=0.3)
-    other = EditRequest(requests[0].prompt, "Peru")
-    with editor.edit(backbone, [requests[0]]) as edited:
+    first = EditRequest(f"{requests[0].prompt} ", requests[0].target)  # what follows tells the two answers apart
+    other = EditRequest(first.prompt, "Peru")
+    with editor.edit(backbone, [first]) as edited:
         low = edited.score([other.prompt], ["Peru"])[0].log_probs.mean()
         with edited.edit([other]) as changed:
             high = changed.score([other.prompt], ["Peru"])[0].log_probs.mean()

@@ -97,10 +97,10 @@ def test_what_changes_are_the_values_of_the_found_neurons(
     request = replace(requests[0], old_target="Peru", target="me")
     neurons, value = editor.change(backbone, request)
     table = (backbone.model.lm_head if embedding == "output" else backbone.model.get_input_embeddings()).weight
-    old, new = (backbone.tokenizer(t)["input_ids"] for t in ("Peru", "me"))
+    old, new = (backbone.tokenizer(t)["input_ids"] for t in (" Peru", " me"))
     torch.testing.assert_close(value, 3 * table[new].sum(0) - table[old].sum(0))
-    ids = [*backbone.tokenizer(request.prompt + " ")["input_ids"], *old]
-    names, tokens = editor.names(backbone), range(len(ids) - 4, len(ids))
+    ids = [*backbone.tokenizer(request.prompt)["input_ids"], *old]
+    names, tokens = editor.names(backbone), range(len(ids) - 5, len(ids))
     each = torch.stack([attributions(backbone, names, ids[:at], ids[at], 4, 64) for at in tokens]).mean(0)
     assert torch.equal(neurons.bool(), each > 0.3 * each.max())
     assert 0 < int(neurons.sum()) < neurons.numel() / 2
