@@ -27,6 +27,7 @@ from datamodules.tokens import pad, pad_id
 from modules.editor import Edited
 from modules.interventions import Deltas, low_rank
 from modules.training_free.closed_form import Metric, automatic_weight, solve
+from modules.training_free.codebook import rounded
 from modules.training_free.hook_layer import Gate, Scope, gated
 from modules.training_free.locate import LocatedEdited, layer_numbers
 from modules.training_free.memit import LAYERS, MEMIT
@@ -50,7 +51,8 @@ class HookedEdited(LocatedEdited):
 
     def alphas(self) -> dict[str, float]:
         """The threshold of each layer, from what is remembered of the edits: taking one out takes it back."""
-        return {name: self.editor.scope.threshold(self.memory.get(PEAK + name)) for name in self.terms}
+        scope, same = self.editor.scope, rounded(self.backbone)
+        return {name: scope.threshold(self.memory.get(PEAK + name), same) for name in self.terms}
 
     def gates(self) -> dict[str, Gate]:
         """Validated hook layers, for one sequence and what follows it."""
@@ -163,7 +165,7 @@ class CoachHook(MEMIT):
         at = torch.arange(len(rows), device=ids.device), torch.tensor([r.subject for r in rows], device=ids.device)
         found: dict[str, Tensor] = {}
         names = list(edited.terms)
-        after = self.scope.calibrate_on == "edited"
+        after, same = self.scope.calibrate_on == "edited", rounded(backbone)
         gates: dict[str, Gate] = {}
         for group in [[name] for name in names] if after else [names]:  # layer by layer, or all of them in one pass
             # they judge, and replace nothing
@@ -175,5 +177,5 @@ class CoachHook(MEMIT):
                 found[PEAK + name] = (scores.amax(1) if self.scope.calibrate == "peak" else scores[at]).float()
                 if after:
                     known = [m[PEAK + name] for m in (before.memory, found) if PEAK + name in m]
-                    gates[name] = Gate(edited.terms[name], self.scope.threshold(torch.cat(known)), self.scope)
+                    gates[name] = Gate(edited.terms[name], self.scope.threshold(torch.cat(known), same), self.scope)
         return found

@@ -9,10 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from modules.backbone import Backbone
+
 
 def rounding(dtype: torch.dtype) -> float:
     """The share of a query's length by which the same prompt may differ from batch to batch in a model of this type."""
     return max(1e-4, 2 * torch.finfo(dtype).eps)
+
+
+def rounded(backbone: Backbone) -> float:
+    """`rounding` of a model, as its weights are."""
+    return rounding(next(backbone.model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Codebook:
             if d <= epsilon + float(self.epsilons[at]):
                 if self.labels[at] == label:
                     grown = self.epsilons.clone()
-                    grown[at] = max(d, float(grown[at]))
+                    # at the very edge it would fall outside in a batch of another shape
+                    grown[at] = max(d + same * float(key.norm()), float(grown[at]))
                     return replace(self, epsilons=grown, key_of=(*self.key_of, at)), False
                 shrunk = self.epsilons.clone()
                 if d <= same * float(key.norm()):

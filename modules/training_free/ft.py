@@ -99,7 +99,8 @@ class ElasticNet:
     Args:
         l1: lambda, of the L1 norm in which an element's weight is `1 / (score + epsilon)`.
         l2: mu, of the squared L2 norm.
-        score_steps: first steps, without the net, that make the scores: |mean gradient x change| of each element.
+        score_steps: first passes over the edits, without the net, that make the scores: |mean gradient x change| of each
+            element.
         epsilon: keeps the weights finite.
     """
 
@@ -144,13 +145,17 @@ class ElasticChange(DenseChange):
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         super().step(gradients)
-        self.taken += 1
-        if self.taken <= self.net.score_steps:
+        if not self.settled:
+            self.taken += 1
             for total, gradient in zip(self.gradients, gradients, strict=True):
                 total += gradient
         for d, weight in zip(self.leaves, self.weights, strict=False):
             d.copy_(d.sign() * (d.abs() - self.lr * self.net.l1 * weight).clamp(min=0))
-        if self.taken == self.net.score_steps:
+
+    @torch.no_grad()
+    def passed(self) -> None:
+        super().passed()
+        if self.passes == self.net.score_steps:
             self.settled = True
             for d, total in zip(self.leaves, self.gradients, strict=True):
                 score = (total / self.taken * d).abs()

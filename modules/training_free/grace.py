@@ -21,7 +21,7 @@ from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.hypernetwork.batch import Scored, padded
 from modules.interventions import Hook, hooked, shape
-from modules.training_free.codebook import Codebook, rounding
+from modules.training_free.codebook import Codebook, rounded
 from modules.training_free.locate import layer_numbers
 from modules.training_free.prepared import Prepared, Prompt, prepare_rows
 from modules.training_free.shared import (
@@ -42,8 +42,9 @@ Replace = Literal["last", "prompt"]
 class GRACE(Editor):
     """The codebook, with values tuned by Adam on the target's tokens.
 
-    Keys do not depend on values, since a layer's input comes before its output, and an edit's own query always finds
-    its own key. So all edits of a call are placed first, and their values are then tuned side by side.
+    Keys do not depend on values, since a layer's input comes before its output. So all edits of a call are placed first,
+    and their values are then tuned side by side. Of edits that an older key took in, a newer key may be the nearest, as
+    published.
 
     Args:
         layer: a number, from the end where negative, or a fraction of the depth.
@@ -231,7 +232,7 @@ class GraceEdited(Edited):
         new = to_make(editor.name, requests, self.requests)
         rows = encode_targets(backbone, new)
         book, tuned = self.codebook, {}  # key -> the row that its value is tuned on
-        same = rounding(next(backbone.model.parameters()).dtype)
+        same = rounded(backbone)
         with tuning(backbone):
             for at in range(0, len(rows), editor.batch_size):
                 batch = rows[at : at + editor.batch_size]

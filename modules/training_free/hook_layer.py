@@ -54,12 +54,17 @@ class Scope:
         if not 0 < self.cover <= 1 or self.first < 0 or (self.short is not None and not 0 < self.short <= 1):
             raise ValueError(f"scope: cover and short must be in (0, 1], first not negative, got {self}")
 
-    def threshold(self, peaks: Tensor | None) -> float:
-        """Alpha after edits that reach these z-scores [n] (eq. 19); those that have none do not count."""
+    def threshold(self, peaks: Tensor | None, same: float = 0.0) -> float:
+        """Alpha after edits that reach these z-scores [n] (eq. 19); those that have none do not count.
+
+        Args:
+            same: the share by which a score may differ from batch to batch: the edit that decides alpha has to pass.
+        """
         peaks = peaks[peaks.isfinite()] if peaks is not None else None
         if not self.dynamic or peaks is None or not len(peaks):
             return self.alpha
-        return min(self.alpha, float(torch.quantile(peaks.double(), 1 - self.cover)))
+        reached = float(torch.quantile(peaks.double(), 1 - self.cover))
+        return min(self.alpha, reached - same * abs(reached))
 
 
 class Gate:

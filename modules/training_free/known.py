@@ -11,24 +11,28 @@ class Size(NamedTuple):
     model_type: str
     layers: int
     hidden_size: int
+    intermediate_size: int
 
 
-# a model of the same architecture and size, such as a fine-tuned one, takes the same values
+# a model of the same architecture and size, such as a fine-tuned one, takes the same values; by the width of the MLP
+# Llama 3 8B is told from Llama 2 7B, whose values they are not
 KNOWN: dict[str, Size] = {
-    "gpt2-xl": Size("gpt2", 48, 1600),
-    "gpt-j-6b": Size("gptj", 28, 4096),
-    "gpt-neox-20b": Size("gpt_neox", 44, 6144),
-    "llama-3.2-1b": Size("llama", 16, 2048),
-    "llama-3-8b": Size("llama", 32, 4096),
-    "qwen2.5-7b": Size("qwen2", 28, 3584),
-    "qwen3-1.7b": Size("qwen3", 28, 2048),
-    "qwen3-8b": Size("qwen3", 36, 4096),
-    "smollm2-135m": Size("llama", 30, 576),
+    "gpt2-xl": Size("gpt2", 48, 1600, 6400),
+    "gpt-j-6b": Size("gptj", 28, 4096, 16384),
+    "gpt-neox-20b": Size("gpt_neox", 44, 6144, 24576),
+    "llama-3.2-1b": Size("llama", 16, 2048, 8192),
+    "llama-3-8b": Size("llama", 32, 4096, 14336),
+    "qwen2.5-7b": Size("qwen2", 28, 3584, 18944),
+    "qwen3-1.7b": Size("qwen3", 28, 2048, 6144),
+    "qwen3-8b": Size("qwen3", 36, 4096, 12288),
+    "smollm2-135m": Size("llama", 30, 576, 1536),
 }
 
 
 def known_as(backbone: Backbone) -> str | None:
     """The name in `KNOWN` of a model of this architecture and size; None where there is none."""
     config = backbone.model.config
-    size = Size(config.model_type, int(config.num_hidden_layers), int(config.hidden_size))
+    hidden = int(config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden  # GPT-2, GPT-J
+    size = Size(config.model_type, int(config.num_hidden_layers), hidden, int(inner))
     return next((name for name, known in KNOWN.items() if known == size), None)

@@ -39,10 +39,12 @@ class Change(ABC):
     Attributes:
         leaves: tensors [G, ...] that take gradients.
         settled: whether the loss may end the tuning yet.
+        passes: over all edits, so far.
     """
 
     leaves: list[Tensor]
     settled = True
+    passes = 0
 
     @abstractmethod
     def terms(self) -> dict[str, Term]:
@@ -55,6 +57,10 @@ class Change(ABC):
     @abstractmethod
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Called after each step of Adam, with the gradients that it took; may constrain the leaves."""
+
+    def passed(self) -> None:
+        """Called after each pass over all edits, of a step or several."""
+        self.passes += 1
 
 
 def ready(
@@ -167,6 +173,7 @@ class TuningEditor(Editor):
                 stepped = [self._step(backbone, batch, change, optimizer, apart) for batch in batches]
                 if not any(stepped):
                     break
+                change.passed()
             return {name: detached(term) for name, term in change.terms().items()}
 
     def _step(

@@ -56,8 +56,9 @@ def test_what_ships() -> None:
 def test_a_model_is_known_by_its_sizes(tiny: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny("gpt2")
     assert known_as(backbone) is None
-    monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32))
+    monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32, 128))
     assert known_as(backbone) == "gpt2-xl"
+    assert known_as(tiny("gpt2", n_inner=48)) is None  # as Llama 2 7B is not Llama 3 8B
     assert known_as(tiny("gptj")) is None
     assert len(set(KNOWN.values())) == len(KNOWN)
 
@@ -68,7 +69,7 @@ def test_values_of_a_backbone_are_put_over_the_defaults_and_changes_over_both(
     config = training_free({"editor": nudge, "name": "hard", "draw": {"scale": "5e-1"}, "fails_after": 3})
     assert config.resolved("gpt2-xl") == {"layers": [13, 14], "draw": {"scale": 0.5}, "fails_after": 3} | NONE
     assert training_free(nudge).resolved("smollm2-135m")["draw"] == {"scale": 2.0}
-    monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32))
+    monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32, 128))
     (plain, hard) = choose(read([nudge, {"editor": nudge, "name": "hard", "layers": [2]}]), tiny("gpt2"))
     assert isinstance(plain.editor, Nudge)
     assert isinstance(hard.editor, Nudge)

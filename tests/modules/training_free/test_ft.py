@@ -134,6 +134,7 @@ def test_the_net_is_five_lines() -> None:
             assert not change.settled
             assert not change.penalty().any()
             change.step([g])
+            change.passed()
         assert change.settled
         assert torch.equal(change.leaves[0], d)  # the first steps are free
     weight = 1 / ((sum(gradients) / 2 * d).abs() + 0.1)
@@ -165,6 +166,16 @@ def test_a_net_of_nothing_is_plain_ft_and_a_strong_one_leaves_less(
     assert 0 < float(small.norm()) < 0.9 * float(plain.norm())
     last = change(FTEAC(**settings, net=ElasticNet(0.0, 0.0, 3), prompt_last=True))
     assert torch.equal(last, change(FTL(**settings)))
+
+
+def test_all_edits_make_the_scores(tiny: Callable[..., Backbone], requests: list[EditRequest], monkeypatch) -> None:
+    """However few of them fit a batch."""
+    taken = []
+    plain = ElasticChange.passed
+    monkeypatch.setattr(ElasticChange, "passed", lambda self: (taken.append((self.taken, self.settled)), plain(self)))
+    editor = FTEAC(layers=[1], steps=5, batch_size=1, stop_at=0.0, net=ElasticNet(score_steps=3))
+    with editor.edit(tiny(), requests[:2]):
+        assert taken == [(2, False), (4, False), (6, False), (6, True), (6, True)]
 
 
 @pytest.mark.parametrize(
