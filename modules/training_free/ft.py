@@ -99,8 +99,8 @@ class ElasticNet:
     Args:
         l1: lambda, of the L1 norm in which an element's weight is `1 / (score + epsilon)`.
         l2: mu, of the squared L2 norm.
-        score_steps: first passes over the edits, without the net, that make the scores: |mean gradient x change| of each
-            element.
+        score_steps: first passes over the edits, without the net, which make the scores: |mean gradient x change| of
+            each element.
         epsilon: keeps the weights finite.
     """
 

@@ -42,9 +42,9 @@ Replace = Literal["last", "prompt"]
 class GRACE(Editor):
     """The codebook, with values tuned by Adam on the target's tokens.
 
-    Keys do not depend on values, since a layer's input comes before its output. So all edits of a call are placed first,
-    and their values are then tuned side by side. Of edits that an older key took in, a newer key may be the nearest, as
-    published.
+    Keys do not depend on values, since a layer's input comes before its output. So all edits of a call are placed
+    first, and their values are then tuned side by side. Of an edit that an older key took in, a newer key may be the
+    nearest, as published.
 
     Args:
         layer: a number, from the end where negative, or a fraction of the depth.
