@@ -1,4 +1,4 @@
-"""The processes of a run on one machine: how they end, those that Lightning has started with the one that did."""
+"""The processes of a run on one machine: how they end, and those that a process has started with it."""
 
 import atexit
 import ctypes
@@ -30,10 +30,25 @@ def end_with_parent() -> None:
     leader = int(os.environ.get(LEADER, 0))
     if not leader or (leader != os.getppid() and is_alive(leader)):
         return  # started by something else, perhaps somewhere below a run
+    tie_to(leader)
+
+
+def tie_to(parent: int) -> None:
+    """Have this process killed within seconds of its parent's death, by whatever cause, also while it waits for what
+    will never come, with a GPU's memory in its hands.
+
+    On Linux the parent's thread that has started this process must not end before the parent does.
+
+    Args:
+        parent: the process id of the one that has started this one.
+
+    Raises:
+        SystemExit: if it is dead already.
+    """
     if not _kill_at_parents_death():
-        threading.Thread(target=end_with, args=(leader,), daemon=True, name="end-with-parent").start()
-    if leader != os.getppid():  # it died before it was watched
-        sys.exit(f"error: the process that started this rank ({leader}) is dead")
+        threading.Thread(target=_end_with, args=(parent,), daemon=True, name="end-with-parent").start()
+    if parent != os.getppid():  # it died before it was watched
+        sys.exit(f"error: the process that started this one ({parent}) is dead")
 
 
 def end_group(code: int = 0) -> None:
@@ -60,7 +75,7 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def end_with(parent: int, seconds: float = 1.0) -> None:
+def _end_with(parent: int, seconds: float = 1.0) -> None:
     """Look every so many seconds whether `parent` is still this process's parent, and kill this process if not."""
     while os.getppid() == parent:
         time.sleep(seconds)

@@ -19,6 +19,7 @@ from modules.editor import Editor
 from modules.export import load_editor
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.editors import Chosen, Spec, TrainingFree, choose, read, refuse_twins
+from trainers.processes import tie_to
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -124,7 +125,13 @@ _mine: dict[str, Any] = {}
 
 
 def prepare(specs: Specs, device: str, threads: int) -> None:
-    """Of a new worker process: build everything on its device."""
+    """Of a new worker process: build everything on its device.
+
+    It ends with the process that started it: nothing would tell it that one was killed, and it would hold its memory,
+    a GPU's too, for ever.
+    """
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        tie_to(parent.pid)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(threads)
     if (place := torch.device(device)).type == "cuda":
