@@ -50,10 +50,12 @@ def over_number(results: Sequence[Result]) -> Figure | None:
         for (editor, mode), found in at.items():
             colour, marker = look[editor]
             line = sorted((n, from_file(m[metric]["value"])) for n, m in found if metric in m)
+            edits, values = [n for n, _ in line], [value for _, value in line]  # none where the editor lacks the metric
             style = DASHES[modes.index(mode) % len(DASHES)]
             first = mode == next(m for e, m in at if e == editor)
             axes.plot(
-                *zip(*line, strict=True),
+                edits,
+                values,
                 style,
                 color=colour,
                 marker=marker,

@@ -262,6 +262,17 @@ def test_figures_of_what_there_is(tmp_path: Path) -> None:
     assert cost([]) is None
 
 
+def test_an_editor_without_a_metric_leaves_its_panel_to_the_others() -> None:
+    found = results()
+    for given in found[0]["points"]:  # the first one that is drawn
+        del given["metrics"]["generality/token_accuracy"]
+    figure = over_number(found)
+    assert figure is not None
+    panel = next(axes for axes in figure.axes if axes.get_title() == "Generality")
+    assert panel.yaxis.get_units() is None  # an axis of numbers, not of categories
+    assert next(list(line.get_ydata()) for line in panel.lines if line.get_label() == found[0]["editor"]) == []
+
+
 def test_single_edits_begin_the_curve_of_batches() -> None:
     found = [
         result("memit", [point(1, 0.8, 0.6, 0.7)], mode="single"),
