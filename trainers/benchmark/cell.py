@@ -37,7 +37,7 @@ def run_cell(
         `edit_seconds`, `edit_bytes`, `answer_seconds`, `norms`, `records` (in EasyEdit's shape); `answers`: see
         `_read`.
     """
-    judge, seed = cell.judging.judge(originals, cell.about["batch_size"]), cell.about["seed"]
+    judge, seed = cell.judging.judge(originals, cell.batch_size), cell.about["seed"]
     points: list[dict[str, Any]] = []
     before: dict[Any, str] = {}
     after: dict[Any, str] = {}

@@ -72,6 +72,7 @@ class Files:
             "protocol": cell.about["protocol"],
             "queries_per_kind": cell.queries_per_kind,
             "seed": cell.about["seed"],
+            "batch_size": cell.batch_size,
             "facts": cell.facts,
             "files": cell.files,
             "backbone": asdict(backbone.config),

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from datamodules.sources import Source
 from trainers.protocols import Demonstrations, Judging, Protocol
 
 Mode = Literal["single", "batch", "sequential", "consecutive"]
+BATCH_SIZE = 32  # that every key has, see `Cell.keys`
 
 
 @dataclass
@@ -130,6 +132,8 @@ class Cell:
         files: hashes of the files that facts and judging name (`datamodules.files.hashes`). Neither they nor
             `overrides` are of the key, since results of before do not tell the files: see `holds`.
         overrides: of the backbone's config, as JSON values.
+        batch_size: queries in one forward pass: where they do not fit into memory, fewer do, and what is finished is
+            kept, since it changes results by rounding alone.
     """
 
     dataset: str
@@ -145,6 +149,7 @@ class Cell:
     queries_per_kind: int | None = None
     files: dict[str, str] = field(default_factory=dict, repr=False)
     overrides: dict[str, Any] = field(default_factory=dict, repr=False)
+    batch_size: int = BATCH_SIZE
 
     @property
     def name(self) -> str:
@@ -160,16 +165,24 @@ class Cell:
 
     def key(self) -> str:
         """A hash of all that the result hangs on."""
+        return self.keys[0]
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Those that a file of this cell may have: its own, and that of before, which hung on the batch size too. By
+        the default size the two are one, so that no result of before is lost."""
         texts = [record.to_json() for record in self.records]
-        told = [self.dataset, self.editor, self.mode, self.edits, self.batch, texts, self.facts, self.about]
-        told += [] if self.asked is None else [self.asked]
-        return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        told = [self.dataset, self.editor, self.mode, self.edits, self.batch, texts, self.facts]
+        more = [] if self.asked is None else [self.asked]
+        sizes = dict.fromkeys((BATCH_SIZE, self.batch_size))
+        every = ([*told, self.about | {"batch_size": size}, *more] for size in sizes)
+        return tuple(sha256(json.dumps(one, sort_keys=True).encode()).hexdigest() for one in every)
 
     def holds(self, found: Mapping[str, Any]) -> bool:
         """Whether what was read from the cell's file is of this setup; what a file does not tell is taken to be."""
         files, backbone = found.get("files", {}), found.get("backbone", {})
         return (
-            found["key"] == self.key()
+            found["key"] in self.keys
             and all(self.files.get(name) == told for name, told in files.items())
             and backbone.get("overrides", self.overrides) == self.overrides
         )

@@ -135,7 +135,7 @@ def plan(
     for name, dataset in benchmark.datasets.items():
         judged_by = hashes(dataset.judging.told())
         asked = meeting_conditions(backbone, list(records[name]), batch_size)
-        about = {"seed": seed, "batch_size": batch_size, "weights": weights, **dataset.judging.told()}
+        about = {"seed": seed, "weights": weights, **dataset.judging.told()}
         if any(record.multi_hop for record in asked):
             about["contradicted"] = "not asked"  # results of before this rule are of other questions
         for run in benchmark.runs:
@@ -157,6 +157,7 @@ def plan(
                         dataset.queries_per_kind,
                         files[chosen.editor.name] | judged_by,
                         overrides,
+                        batch_size,
                     )
 
 

@@ -64,6 +64,21 @@ def test_a_cell_is_known_by_all_that_its_result_hangs_on(records: list[EditRecor
     assert one.key() not in keys
 
 
+def test_the_batch_size_makes_no_other_cell_and_keys_of_before_hold() -> None:
+    about = {"seed": 0, "weights": "w", "protocol": "default"}
+    one = Cell("facts", "memit", "batch", (2,), 0, [], {"weight": 1}, about)
+    eight = replace(one, batch_size=8)
+    # by the code that had the batch size in the key, for 32 and 8
+    of_before = (
+        "d5451477ca574913ff81d894988d64c101d00bdfa78128a1c430efeb2dc00c0a",
+        "2dff162926cbcb1af1c3796b1865457b8fc503d0b2a8d22ca683f86716b88f86",
+    )
+    assert (one.keys, eight.keys) == (of_before[:1], of_before)
+    assert one.key() == eight.key()
+    assert eight.holds({"key": of_before[1]})
+    assert not one.holds({"key": of_before[1]})
+
+
 def test_a_cell_is_not_finished_where_a_file_or_the_backbones_config_is_another(records: list[EditRecord]) -> None:
     one = replace(cell(records), files={"shown.json": "1a"}, overrides={"rope_theta": 5})
     assert one.key() == cell(records).key()
