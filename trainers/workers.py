@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,7 +146,11 @@ def built() -> tuple[Backbone, dict[str, Editor]]:
 
 
 def spread(
-    work: Callable[[Item], Any], items: Sequence[Item], specs: Specs, workers: int
+    work: Callable[[Item], Any],
+    items: Sequence[Item],
+    specs: Specs,
+    workers: int,
+    spent: Callable[[Any], bool] = lambda _: False,
 ) -> Iterator[tuple[Item, Any | None]]:
     """(item, what `work` gave) as they end, by so many processes, each of which builds `specs`, see `nth_device`.
 
@@ -155,6 +159,7 @@ def spread(
 
     Args:
         work: a module's function, or a partial of one; `built` gives it backbone and editors.
+        spent: by what `work` gave, whether its process can go on no more: another one takes its place.
 
     Raises:
         ValueError: where no process is left that can build.
@@ -197,8 +202,16 @@ def spread(
                         log.warning("worker process %d cannot be built (out of memory?); the others go on", n)
                         waiting.appendleft(item)
                         continue
+                if found is not None and spent(found):
+                    _end(pools.pop(n)[0])
                 idle.append(n)
                 yield item, found
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool's only process at once, and wait until it has let go of its GPU's memory."""
+    with suppress(BrokenProcessPool):
+        pool.submit(os._exit, 1).result()
 
 
 def _cores() -> int:
