@@ -18,6 +18,7 @@ from datamodules.records import EditRequest
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.interventions import LowRank, low_rank, merged, shape
+from trainers.benchmark import work
 
 
 @dataclass
@@ -133,6 +134,20 @@ class Dies(Nudge):
     def terms(self, backbone: Backbone, requests: Sequence[EditRequest], old: dict[str, LowRank]) -> dict[str, LowRank]:
         if sum(term.a.shape[1] for term in old.values()) >= self.after * len(self.layers):
             harm(backbone, "kill")
+        return super().terms(backbone, requests, old)
+
+
+class Breaks(Nudge):
+    """A `Nudge` whose edit leaves its process as an illegal memory access on a GPU does: it is found to be of no use,
+    and every further edit fails there."""
+
+    broken: ClassVar[bool] = False  # this process
+
+    def terms(self, backbone: Backbone, requests: Sequence[EditRequest], old: dict[str, LowRank]) -> dict[str, LowRank]:
+        Breaks.broken = Breaks.broken or self.harm == "context"
+        if Breaks.broken:
+            work.usable = lambda _: False
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return super().terms(backbone, requests, old)
 
 

@@ -33,35 +33,48 @@ class Files:
     code: str
     command: str
 
-    def write(self, cell: Cell, backbone: Backbone, result: dict[str, Any]) -> None:
+    def write(self, cell: Cell, backbone: Backbone, result: dict[str, Any]) -> bool:
         """Write a cell's result, as far as it is.
 
-        One with an `error` never takes the place of a finished cell, which another run may have written meanwhile, nor
-        of an earlier try that reached more: that stays, with the new error.
+        A finished cell of another setting stays, whatever the result. One with an `error` never takes the place of a
+        finished cell, which another run may have written meanwhile, nor of an earlier try that reached more: that
+        stays, with the new error.
 
         Args:
-            result: see `trainers.benchmark.cell.run_cell`, or an `error` alone.
+            result: see `trainers.benchmark.cell.run_cell`, or an `error` alone; with the `hardware` of the process that
+                it is of, by default this one.
+
+        Returns:
+            Whether the file now tells of the result.
         """
-        made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(backbone.device)}
+        there = self.there(cell)
+        same = there is not None and cell.holds(there)
+        if there is not None and "error" not in there and ("error" in result or not same):
+            return False
+        made = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+        made["hardware"] = result.get("hardware") or hardware(backbone.device)
         told = {"key": cell.key(), "code": self.code, **made, **self.about(cell, backbone), **result}
-        if "error" in result and (before := self.read(cell)) is not None:
-            if "error" not in before:
-                return
-            if len(before.get("points", ())) > len(result.get("points", ())):
-                told = before | {"error": result["error"]}
+        further = there is not None and len(there.get("points", ())) > len(result.get("points", ()))
+        if there is not None and same and further and "error" in result:
+            told = there | {"error": result["error"]}
         write_json(cell.file(self.out), told)
+        return True
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """What the cell's file tells, where it is there and of the same setup."""
+        """What the cell's file tells, where it is there and of the same setting."""
+        found = self.there(cell)
+        return found if found is not None and cell.holds(found) else None
+
+    def there(self, cell: Cell) -> dict[str, Any] | None:
+        """What the cell's file tells, where it is there, of whatever setting."""
         try:
             found = json.loads(cell.file(self.out).read_text(encoding="utf-8"))
-            same = cell.holds(found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError):
             return None
-        return found if same else None
+        return found if isinstance(found, dict) and "key" in found else None
 
     def about(self, cell: Cell, backbone: Backbone) -> dict[str, Any]:
-        """What a cell is of, in words for readers of its file."""
+        """What a cell is of, for readers of its file, and to tell what another cell's differs in."""
         return {
             "dataset": cell.dataset,
             "editor": cell.editor,
@@ -69,10 +82,13 @@ class Files:
             "batch": cell.batch,
             "edits": list(cell.edits),
             "asked": cell.asked,
-            "protocol": cell.about["protocol"],
+            "protocol": cell.judging.protocol,
+            "judging": cell.judging.told(),
             "queries_per_kind": cell.queries_per_kind,
             "seed": cell.about["seed"],
             "batch_size": cell.batch_size,
+            "weights": cell.about["weights"],
+            "records_hash": cell.records_hash,
             "facts": cell.facts,
             "files": cell.files,
             "backbone": asdict(backbone.config),

@@ -88,7 +88,8 @@ class Benchmark:
     Args:
         datasets: by the names that results are filed under.
         runs: modes and numbers of edits.
-        out: the folder of results. What is finished there, of the same editor, weights, records and run, is kept.
+        out: the folder of results. What is finished there, of the same editor, weights, records and run, is kept. A
+            run that would write over what is finished of others, such as another seed's, is refused.
         workers: processes that take cells; with `device: auto` on GPUs each has one of its own, else all have the
             device that is named. 0: as many as there are GPUs with `device: auto`, else 1.
         answers: of so many records of each cell, generated answers are kept for reading.
@@ -178,6 +179,11 @@ class Cell:
         every = ([*told, self.about | {"batch_size": size}, *more] for size in sizes)
         return tuple(sha256(json.dumps(one, sort_keys=True).encode()).hexdigest() for one in every)
 
+    @cached_property
+    def records_hash(self) -> str:
+        """Of the records and all that is asked of them."""
+        return sha256(json.dumps([record.to_json() for record in self.records]).encode()).hexdigest()
+
     def holds(self, found: Mapping[str, Any]) -> bool:
         """Whether what was read from the cell's file is of this setup; what a file does not tell is taken to be."""
         files, backbone = found.get("files", {}), found.get("backbone", {})
@@ -193,6 +199,18 @@ def place(dataset: str, mode: Mode, edits: Sequence[int], batch: int, asked: int
     run = f"{mode}-{'-'.join(map(str, edits))}" + (f"-by{batch}" if batch > 1 else "")
     run += f"-asked{asked}" if asked is not None else ""
     return f"{dataset}/{run}/{re.sub(r'[^A-Za-z0-9_.+-]+', '_', editor)}"
+
+
+def refuse_one_place(cells: Sequence[Cell]) -> None:
+    """Refuse editors whose names differ only in what no file's name has: one's results would take the other's place.
+
+    Raises:
+        ValueError: naming two of them.
+    """
+    found: dict[str, str] = {}
+    for cell in cells:
+        if (other := found.setdefault(cell.place, cell.editor)) != cell.editor:
+            raise ValueError(f"editors {other!r} and {cell.editor!r} would both write {cell.place}: rename one of them")
 
 
 def places(benchmark: Benchmark, editors: Sequence[str]) -> list[str]:

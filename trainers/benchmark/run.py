@@ -8,7 +8,6 @@ out/answers.html                           answers side by side; opens without a
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,18 +25,18 @@ from modules.editor import Edited
 from modules.evaluation import Answers
 from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
-from trainers.benchmark.cell import in_words, run_cell
 from trainers.benchmark.figures import write_figures
-from trainers.benchmark.files import UNFINISHED, Files
-from trainers.benchmark.grid import Benchmark, Cell, matching, spans
+from trainers.benchmark.files import Files
+from trainers.benchmark.grid import Benchmark, Cell, matching, refuse_one_place, spans
+from trainers.benchmark.settings import differences, of_other_settings
 from trainers.benchmark.tables import write_csv, write_tables
+from trainers.benchmark.work import ELSEWHERE, TAKEN, Ended, attempt, in_worker
 from trainers.editors import Chosen
 from trainers.evaluation_run import drawn, meeting_conditions
-from trainers.provenance import command_line, hardware
+from trainers.provenance import command_line
 from trainers.result_cache import code
-from trainers.workers import Specs, built, spread
+from trainers.workers import Specs, spread
 
-log = logging.getLogger(__name__)
 KILLED = "its process was killed (out of memory? fewer benchmark.workers leave more to each)"
 
 
@@ -77,7 +76,8 @@ def run_benchmark(
 
     A finished cell is kept whatever code computed it, and says by which (`trainers.result_cache.code`). A cell that
     fails, or whose process is killed, is named with the reason, the others go on, and the next call tries it again;
-    until then it keeps the numbers of edits that it reached (`trainers.benchmark.files`).
+    until then it keeps the numbers of edits that it reached (`trainers.benchmark.files`). Several commands may run
+    parts of one grid at once: a cell that another one has finished meanwhile is passed over.
 
     Args:
         records: of each data set, see `records_of`.
@@ -87,38 +87,103 @@ def run_benchmark(
 
     Returns:
         The results of all cells, in the grid's order; of one that was not run, what it is of.
+
+    Raises:
+        ValueError: where the file of a cell that is to be run is a finished one of another setting, or two editors'
+            files would be one. Nothing is run or written then.
     """
     console = console or Console()
     out, now = Path(benchmark.out), code()
     files = Files(out, now, command_line())
     cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
-    kept = {cell: found for cell in cells if (found := files.read(cell)) is not None}
-    done = {cell: found for cell, found in kept.items() if "error" not in found}
-    left = [cell for cell in matching(cells, benchmark.only) if cell not in done]
+    refuse_one_place(cells)
+    chosen = matching(cells, benchmark.only)
+    done = _finished(cells, chosen, files, backbone, console)
+    left = [cell for cell in chosen if cell not in done]
     if done:
         console.print(f"{len(done)} of {len(cells)} cells are finished in {out}", highlight=False)
-        if others := sum(found.get("code") != now for found in done.values()):
+        if others := sum(by != now for by in done.values()):
             console.print(
                 f"{others} of them were computed by other code than today's and are kept; to compute one anew, remove "
                 f"its file in {out / 'cells'}",
                 style="yellow",
                 highlight=False,
             )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task("", total=sum(map(_work, left)))
-        for n, (cell, result) in enumerate(_results(benchmark, specs, backbone, editors, left, files, shown, task), 1):
-            files.write(cell, backbone, result)
-            kept[cell] = files.read(cell) or result
-            error = f": {result['error']}" if "error" in result else ""
-            console.print(f"[{n}/{len(left)}] {cell.name}{error}", style="red" if error else "", highlight=False)
-    results = [{**files.about(cell, backbone), **kept.get(cell, {})} for cell in cells]
+    _run(benchmark, specs, backbone, editors, left, files, console)
+    # read again: other commands may have finished cells of this grid meanwhile
+    results = [{**files.about(cell, backbone), **(files.read(cell) or {})} for cell in cells]
     write_csv(results, out / "results.csv")
     write_tables(results, out)
     write_figures(results, out / "figures")
     write_answers(results, out / "answers.html")
     console.print(f"written to {out}: results.csv, tables.md, tables.tex, figures, answers.html", highlight=False)
     return results
+
+
+def _finished(
+    cells: Sequence[Cell], chosen: Sequence[Cell], files: Files, backbone: Backbone, console: Console
+) -> dict[Cell, Any]:
+    """The cells that are finished, and by what code.
+
+    Those of another setting are told of where they are not to be run: their files stay, and no table has them.
+
+    Raises:
+        ValueError: where one that is to be run would take such a file's place.
+    """
+    done, refused, passed = {}, {}, {}
+    for cell in cells:
+        found = files.there(cell)
+        if found is None or "error" in found:  # what is not finished is run anew, whatever it is of
+            continue
+        if cell.holds(found):
+            done[cell] = found.get("code")
+            continue
+        wanted = json.loads(json.dumps(files.about(cell, backbone)))
+        (refused if cell in chosen else passed)[cell.place] = differences(found, wanted)
+    if refused:
+        raise ValueError(
+            f"{of_other_settings(refused, files.out)}. Give another benchmark.out, remove the files to compute them "
+            "anew, or leave them out by benchmark.only"
+        )
+    if passed:
+        told = f"{of_other_settings(passed, files.out)}; not to be run, so left as found, and in no table"
+        console.print(told, style="yellow", highlight=False, markup=False)
+    return done
+
+
+def _run(
+    benchmark: Benchmark,
+    specs: Specs,
+    backbone: Backbone,
+    editors: Sequence[Chosen],
+    left: Sequence[Cell],
+    files: Files,
+    console: Console,
+) -> None:
+    """Run cells, keep each one's result in its file and say how it went."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+    ended = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("", total=sum(map(_work, left)))
+        for cell, found in _results(benchmark, specs, backbone, editors, left, files, shown, task):
+            ended += 1
+            said = found.passed
+            if found.result is not None:
+                kept = files.write(cell, backbone, found.result)
+                said = found.result.get("error") or ("" if kept else TAKEN)
+            console.print(
+                f"[{ended}/{len(left)}] {cell.name}" + (f": {said}" if said else ""),
+                style="red" if said not in ("", ELSEWHERE) else "",
+                highlight=False,
+                markup=False,
+            )
+    if ended < len(left):
+        console.print(
+            f"{len(left) - ended} cells are not run: after that error this process can use the GPU no more; give the "
+            "command again",
+            style="red",
+            highlight=False,
+        )
 
 
 def plan(
@@ -170,8 +235,8 @@ def _results(
     files: Files,
     shown: Progress,
     task: Any,
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """(cell, result) as cells end."""
+) -> Iterator[tuple[Cell, Ended]]:
+    """(cell, what became of it) as cells end; not all of them where this process can go on no more."""
     there_are = max(1, torch.cuda.device_count()) if specs.device == "auto" else 1
     workers = min(benchmark.workers or there_are, max(1, len(left)))
     if workers == 1:
@@ -181,37 +246,17 @@ def _results(
             shown.update(task, description=cell.name)
             start = shown.tasks[0].completed
             tell = partial(shown.advance, task)
-            yield cell, _safely(cell, known[cell.editor], backbone, originals, benchmark.answers, files, tell)
+            ended = attempt(cell, known[cell.editor], backbone, originals, benchmark.answers, files, tell)
+            yield cell, ended
+            if ended.broken:
+                return
             shown.update(task, completed=start + _work(cell))
         return
     shown.update(task, description=f"{workers} processes")
-    for cell, result in spread(partial(_in_worker, answers=benchmark.answers, files=files), left, specs, workers):
+    work = partial(in_worker, answers=benchmark.answers, files=files)
+    for cell, ended in spread(work, left, specs, workers, spent=lambda ended: ended.broken):
         shown.advance(task, _work(cell))
-        yield cell, {"error": KILLED} if result is None else result
-
-
-_originals: list[Answers] = []  # of a worker process: the unedited model is asked each question once
-
-
-def _in_worker(cell: Cell, answers: int, files: Files) -> dict[str, Any]:
-    backbone, known = built()
-    if not _originals:
-        _originals.append(Answers(Edited(backbone)))
-    return _safely(cell, known[cell.editor], backbone, _originals[0], answers, files, lambda _: None)
-
-
-def _safely(
-    cell: Cell, editor: Any, backbone: Backbone, originals: Answers, answers: int, files: Files, tell: Any
-) -> dict[str, Any]:
-    def keep(found: dict[str, Any]) -> None:
-        files.write(cell, backbone, found | {"error": UNFINISHED})
-
-    try:
-        found = run_cell(cell, editor, backbone, originals, answers, tell, keep)
-    except Exception as error:  # whatever one cell does, the others' hours of work go on
-        log.debug("%s failed", cell.name, exc_info=True)
-        found = in_words(error)
-    return found | {"hardware": hardware(backbone.device)}  # of this process, which may be a worker
+        yield cell, Ended({"error": KILLED}) if ended is None else ended
 
 
 def _work(cell: Cell) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from datamodules.records import EditRecord
 from datamodules.sources import Source
-from trainers.benchmark.grid import Benchmark, Cell, GridDataset, GridRun, spans
+from trainers.benchmark.grid import Benchmark, Cell, GridDataset, GridRun, refuse_one_place, spans
 
 FACTS = GridDataset([Source("facts", options={"split": "test"})])
 
@@ -89,3 +89,12 @@ def test_a_cell_is_not_finished_where_a_file_or_the_backbones_config_is_another(
     assert not one.holds(told | {"files": {"shown.json": "2b"}})
     assert not one.holds(told | {"files": {"other.json": "1a"}})
     assert not one.holds(told | {"backbone": {"overrides": {}}})
+
+
+def test_editors_whose_cells_would_be_one_file(records: list[EditRecord]) -> None:
+    one = cell(records)
+    refuse_one_place([one, replace(one, editor="memit"), replace(one, mode="single")])
+    with pytest.raises(
+        ValueError, match="editors 'memit, heavy' and 'memit_heavy' would both write facts/batch-2/memi"
+    ):
+        refuse_one_place([one, replace(one, editor="memit_heavy")])

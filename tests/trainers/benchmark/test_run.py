@@ -12,6 +12,7 @@ from modules.backbone import BackboneConfig
 from trainers import evaluate as evaluate_command
 from trainers import workers
 from trainers.benchmark import run as benchmark_run
+from trainers.benchmark import work
 from trainers.command import run
 from trainers.evaluate import evaluate
 from trainers.result_cache import code
@@ -38,7 +39,7 @@ def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
     assert table.count("Not run yet: icl_right_edit.") == 2  # batches of 2 and 4
     assert table.count("Not run yet: icl_right_edit, ft_m.") == 1  # singles
     assert table.count("Not run yet: ft_m.") == 2  # after 2 and after 4 in batches; nothing is said of an upper bound
-    monkeypatch.setattr(benchmark_run, "run_cell", None)
+    monkeypatch.setattr(work, "run_cell", None)
     capsys.readouterr()
     run(evaluate, [f"--config={file}", "--benchmark.only=[]"])
     assert "6 of 11 cells are finished" in capsys.readouterr().out
@@ -88,7 +89,7 @@ def test_a_grid_is_run_once(
     def fail(*_: Any) -> None:
         raise AssertionError("a finished cell is run again")
 
-    monkeypatch.setattr(benchmark_run, "run_cell", fail)
+    monkeypatch.setattr(work, "run_cell", fail)
     run(evaluate, [f"--config={file}"])
     said = capsys.readouterr().out
     assert "11 of 11 cells are finished" in said
@@ -143,8 +144,8 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
 def test_each_cell_says_what_its_process_ran_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = {"hardware": "a worker's", "points": []}
-    monkeypatch.setattr(benchmark_run, "spread", lambda _, cells, *__: ((c, there) for c in cells))
+    there = work.Ended({"hardware": "a worker's", "points": []})
+    monkeypatch.setattr(benchmark_run, "spread", lambda _, cells, *__, **___: ((c, there) for c in cells))
     monkeypatch.setattr(benchmark_run, "write_figures", lambda *_: None)
     run(evaluate, [f"--config={config(tmp_path)}", "--benchmark.workers=2"])
     assert {cell["hardware"] for cell in cells(tmp_path).values()} == {"a worker's"}

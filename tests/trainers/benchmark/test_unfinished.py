@@ -11,6 +11,7 @@ from small_grid import FACTS, cells, config
 from modules.editor import Editor
 from trainers.benchmark import cell as benchmark_cell
 from trainers.benchmark import run as benchmark_run
+from trainers.benchmark import work
 from trainers.benchmark.files import UNFINISHED
 from trainers.command import run
 from trainers.evaluate import evaluate
@@ -21,14 +22,14 @@ LATE = "facts/consecutive-2-4-by2/ft_m.json"
 def test_a_cell_that_fails_is_named_and_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = benchmark_run.run_cell
+    real = work.run_cell
 
     def fails(cell: Any, *rest: Any) -> dict[str, Any]:
         if cell.editor == "ft_m":
             raise RuntimeError("out of luck")
         return real(cell, *rest)
 
-    monkeypatch.setattr(benchmark_run, "run_cell", fails)
+    monkeypatch.setattr(work, "run_cell", fails)
     file = config(tmp_path)
     run(evaluate, [f"--config={file}"])
     said = capsys.readouterr().out
@@ -38,7 +39,7 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     run(evaluate, [f"--config={file}", "--benchmark.only=[]"])
     assert "7 of 11 cells are finished" in capsys.readouterr().out
     assert (tmp_path / "out" / "tables.md").read_text() == tables  # a failure is told until it is mended
-    monkeypatch.setattr(benchmark_run, "run_cell", real)
+    monkeypatch.setattr(work, "run_cell", real)
     run(evaluate, [f"--config={file}"])
     assert "7 of 11 cells are finished" in capsys.readouterr().out
     assert "failed" not in (tmp_path / "out" / "tables.md").read_text()
@@ -181,7 +182,7 @@ def test_a_run_that_is_broken_off_keeps_what_it_reached(tmp_path: Path, monkeypa
 def test_a_failure_does_not_take_the_place_of_what_another_run_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = benchmark_run.run_cell
+    real = work.run_cell
 
     def finished_elsewhere(cell: Any, *rest: Any) -> dict[str, Any]:
         """Fails once another run has finished the cell."""
@@ -194,7 +195,7 @@ def test_a_failure_does_not_take_the_place_of_what_another_run_finished(
         keep({"points": []})
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(benchmark_run, "run_cell", finished_elsewhere)
+    monkeypatch.setattr(work, "run_cell", finished_elsewhere)
     run(evaluate, [f"--config={config(tmp_path)}", "--benchmark.only=['*/batch-2/unedited']"])
     (cell,) = cells(tmp_path).values()
     assert "error" not in cell
