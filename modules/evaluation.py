@@ -197,7 +197,12 @@ def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
     """The record with at most `per_kind` rephrases, and other queries of each kind, drawn by `seed`.
 
     Of a record with multi-hop questions rephrases and hops are all kept: by these is told what contradicts it.
+
+    Raises:
+        ValueError: for a number below 1.
     """
+    if per_kind < 1:
+        raise ValueError(f"queries_per_kind must be at least 1, or null to ask all of them; got {per_kind}")
     draw = random.Random(f"{seed}/{record.id}")
 
     def some(queries: Sequence[Query]) -> tuple[Query, ...]:

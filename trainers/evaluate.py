@@ -15,10 +15,14 @@ from trainers.benchmark.run import records_of, run_benchmark
 from trainers.command import run
 from trainers.editors import Spec, TrainingFree
 from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
+from trainers.no_effect import refuse_beside_a_benchmark, refuse_beside_a_mode
 from trainers.protocols import Demonstrations, Judging, Protocol
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
 from trainers.written import check_file, check_folder
+
+POOL_SIZES = [1, 10, 100]
+SINGLES = 20
 
 
 def evaluate(
@@ -28,7 +32,7 @@ def evaluate(
     backbone: BackboneConfig | None = None,
     records: int = 100,
     pool_sizes: list[int] | None = None,
-    singles: int = 20,
+    singles: int = SINGLES,
     queries_per_kind: int | None = None,
     asked: int | None = None,
     exact_match: bool = True,
@@ -82,6 +86,25 @@ def evaluate(
         benchmark: a grid of data sets and runs for all editors, in place of one set and mode; see
             configs/benchmark_smollm2.yaml.
     """
+    if batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
+    if queries_per_kind is not None and queries_per_kind < 1:
+        raise ValueError(f"--queries_per_kind must be at least 1, or null to ask all queries; got {queries_per_kind}")
+    other_sizes = pool_sizes if pool_sizes != POOL_SIZES else None
+    if benchmark:
+        refuse_beside_a_benchmark(
+            evaluate,
+            records=records,
+            pool_sizes=other_sizes,
+            singles=singles,
+            queries_per_kind=queries_per_kind,
+            asked=asked,
+            exact_match=exact_match,
+            mode=mode,
+            batch=batch,
+            checkpoints=checkpoints,
+            out=out,
+        )
     one_by_one = mode in ("single", "sequential")
     if (one_by_one and batch not in (None, 1)) or (mode == "consecutive" and not batch):
         raise ValueError(f"--mode {mode} and --batch {batch} do not go together; --mode consecutive needs a --batch")
@@ -90,16 +113,16 @@ def evaluate(
         raise ValueError(f"--asked must be at least 1, and is of --mode batch; got {asked}, and the mode is {mode}")
     if checkpoints and not consecutively:
         raise ValueError(f"--checkpoints are of --mode sequential and consecutive; the mode is {mode}")
-    sizes = [1] if mode == "single" else pool_sizes or [1, 10, 100] if batch is None else [batch]
-    numbers = {"records": records, "singles": singles, "batch_size": batch_size}
+    sizes = [1] if mode == "single" else pool_sizes or POOL_SIZES if batch is None else [batch]
+    numbers = {"records": records, "singles": singles}
     numbers |= {"pool_sizes": min(sizes)} if batch is None else {"batch": batch}
-    for name, given in numbers.items():
-        if given < 1:
-            raise ValueError(f"--{name} must be at least 1, got {given}")
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
+    refuse_beside_a_mode(mode, batch, other_sizes, singles if singles != SINGLES else None, sizes)
     judging = Judging(protocol, exact_match, demonstrations or Demonstrations(), fluency, references)
     if baselines is None:
         baselines = [name for name, kind in BASELINES.items() if not (consecutively and kind.own_edit_only)]
-    check_file(Path(out), "--out")
     specs = Specs(backbone, tuple(editor or ()), tuple(baselines), device, trust_remote_code)
     wanted = wanted_of(specs)
     if not (wanted or baselines):
@@ -118,6 +141,7 @@ def evaluate(
         return
     if not data:
         raise ValueError("nothing to evaluate: give --data, or a --benchmark")
+    check_file(Path(out), "--out")
     every = load(data)
     drawn_records = drawn(every.records, len(every), records, seed, queries_per_kind)
     judging.check(drawn_records)

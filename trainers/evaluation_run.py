@@ -123,9 +123,12 @@ def drawn(
         records: gives those at some places.
         seed: draws the records and their queries.
         queries_per_kind: keep only so many rephrases, and locality and portability queries of each kind, of a record.
+
+    Raises:
+        ValueError: for a `queries_per_kind` below 1.
     """
     chosen = records(random.Random(seed).sample(range(there_are), there_are)[:count])  # a sample of few is of others
-    return [fewer_queries(r, queries_per_kind, seed) for r in chosen] if queries_per_kind else chosen
+    return chosen if queries_per_kind is None else [fewer_queries(r, queries_per_kind, seed) for r in chosen]
 
 
 def meeting_conditions(backbone: Backbone, records: list[EditRecord], batch_size: int = 32) -> list[EditRecord]:

@@ -173,6 +173,12 @@ def test_multi_hop_questions_of_contradicted_cases_are_not_asked() -> None:
     assert apart.aggregates["multi_hop/token_accuracy_max"]["records"] == 2
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_fewer_queries_are_one_at_least(count: int) -> None:
+    with pytest.raises(ValueError, match=f"queries_per_kind must be at least 1, or null to ask all .*; got {count}"):
+        fewer_queries(CASES[0], count, 0)
+
+
 def test_fewer_queries_hide_no_contradiction() -> None:
     fewer = [fewer_queries(record, 1, 0) for record in CASES]
     assert fewer == CASES

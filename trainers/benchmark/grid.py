@@ -30,6 +30,9 @@ class GridDataset:
         demonstrations: of the protocol mquake.
         fluency: of the protocol counterfact: let the models write too, and measure it (GE).
         references: of the protocol counterfact: texts for the consistency (RS) of what is written.
+
+    Raises:
+        ValueError: for `queries_per_kind` below 1.
     """
 
     data: list[Source]
@@ -39,6 +42,13 @@ class GridDataset:
     demonstrations: Demonstrations = field(default_factory=Demonstrations)
     fluency: bool = False
     references: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.queries_per_kind is not None and self.queries_per_kind < 1:
+            raise ValueError(
+                "benchmark.datasets: queries_per_kind must be at least 1, or null to ask all queries; got "
+                f"{self.queries_per_kind}"
+            )
 
     @property
     def judging(self) -> Judging:

@@ -68,6 +68,8 @@ class FinalEvaluation(L.Callback):
             raise ValueError(
                 f"pool_sizes, records and pool_1_records must be at least 1: {pool_sizes}, {records}, {pool_1_records}"
             )
+        if queries_per_kind is not None and queries_per_kind < 1:
+            raise ValueError(f"queries_per_kind must be at least 1, or null to ask all queries; got {queries_per_kind}")
         self.records, self.exact_match, self.before, self.baselines = records, exact_match, before, baselines
         self.pool_1_records, self.batch_size, self.seed = pool_1_records, batch_size, seed
         self.queries_per_kind = queries_per_kind

@@ -103,5 +103,7 @@ def test_final_evaluation_marks_what_fails(tmp_path, cache, monkeypatch):
 def test_final_evaluation_refuses_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         FinalEvaluation([0])
+    with pytest.raises(ValueError, match="queries_per_kind must be at least 1, or null to ask all queries; got 0"):
+        FinalEvaluation([1], queries_per_kind=0)
     with pytest.raises(TypeError, match="test_records"):
         drawn_records(SimpleNamespace(datamodule=None), 1, 0)  # type: ignore[arg-type]
