@@ -67,7 +67,8 @@ def evaluate(
         asked: ask only the first so many records of each pool; all of them are edited. For pools whose questions would
             take longer than their edits.
         exact_match: also generate and compare whole answers (default protocol).
-        out: the JSON file.
+        out: the JSON file. A later call adds to it and runs nothing again that it holds; a file of other records,
+            of another model or of other settings is refused.
         seed: draws the records, and the bootstrap.
         batch_size: queries in one forward pass.
         protocol: default (EasyEdit's token accuracy, exact match), uniedit (top-5, related hops edited in),
@@ -155,7 +156,7 @@ def evaluate(
         run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, judging, Path(out), **about)
         return
     run_evaluation(
-        [c.editor for c in editors],
+        editors,
         model,
         drawn_records,
         sizes,

@@ -1,9 +1,10 @@
-"""Evaluate several editors at several pool sizes: a progress bar, one JSON file, one table."""
+"""Evaluate several editors at several pool sizes: a progress bar, a JSON file that a later call adds to, a table."""
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,8 +15,11 @@ from modules.editor import Edited, Editor
 from modules.evaluation import Answers, fewer_queries
 from modules.judging import evaluate_pools, split_pools
 from modules.protocols.conditions import have_conditions, without_failed_conditions
+from trainers import earlier
+from trainers.editors import Chosen
+from trainers.made_of import of_evaluation, of_facts
 from trainers.protocols import Judging
-from trainers.report import Report, add_evaluation, add_failure, new_report
+from trainers.report import Report, add_evaluation, add_failure, cells, new_report
 from trainers.report_table import print_table
 from trainers.written import write_json
 
@@ -23,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def run_evaluation(
-    editors: Sequence[Editor],
+    editors: Sequence[Chosen],
     backbone: Backbone,
     records: Sequence[EditRecord],
     pool_sizes: Sequence[int],
@@ -42,9 +46,11 @@ def run_evaluation(
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
-    The file is written anew after each editor and pool size, so a run that is stopped keeps what it has. An editor that
-    fails at one pool size (in-context learning beyond the context window) is marked there with the reason, and the run
-    goes on; `trainers.report.failures` lists the marks. Pool sizes above the number of records become that number.
+    The file is written anew after each editor and pool size, and a later call of the same setup goes on from it and
+    adds to it (`trainers.earlier`), so a run that is stopped loses nothing. An editor that fails at one pool size
+    (in-context learning beyond the context window) is marked there with the reason, the run goes on, and a later call
+    tries it again; `trainers.report.failures` lists the marks. Pool sizes above the number of records become that
+    number.
 
     Args:
         judging: how answers are judged.
@@ -56,10 +62,10 @@ def run_evaluation(
     An editor that does not read the pool (`reads_pool`) is evaluated at the largest size only.
 
     Raises:
-        ValueError: for no editors, records or pool sizes, a pool size below 1, two editors of one name, or a record
-            that the protocol cannot judge.
+        ValueError: for no editors, records or pool sizes, a pool size below 1, two editors of one name, a record
+            that the protocol cannot judge, or a file of another setup.
     """
-    check(editors, records, pool_sizes)
+    check([c.editor for c in editors], records, pool_sizes)
     judging.check(records)
     sizes = sorted({min(size, len(records)) for size in pool_sizes})
     if sizes != sorted(set(pool_sizes)):
@@ -76,10 +82,15 @@ def run_evaluation(
         protocols=judge.definitions,
         protocol=judge.name,
         queries_per_kind=queries_per_kind,
-    )
+    ) | {"made_of": {}}
+    # asked now: once the editors have run, a folder may hold another one
+    made_of = {c.editor.name: of_facts(c.facts) for c in editors}
+    how = {"mode": mode, "seed": seed, "singles": singles, "asked": asked}
+    report["meta"]["setup"] = of_evaluation(backbone, records, judging, judge, **how)
     of_size = {size: records[:singles] if size == 1 and singles else records for size in sizes}
     work = {size: len(of) - split_pools(of, size)[1] for size, of in of_size.items()}
-    plan = [(editor, size) for editor in editors for size in (sizes if editor.reads_pool else sizes[-1:])]
+    plan = [(c.editor, size) for c in editors for size in (sizes if c.editor.reads_pool else sizes[-1:])]
+    plan = _left(plan, report, out, made_of, console)
     with bar(console, enabled=progress) as shown:
         task = shown.add_task("", total=sum(work[size] for _, size in plan))
         ends = 0
@@ -101,12 +112,37 @@ def run_evaluation(
                 log.debug("%s failed with pools of %d", editor.name, size, exc_info=True)
                 add_failure(report, editor.name, size, f"{type(error).__name__}: {error}")
             else:
+                report["made_of"][editor.name] = made_of[editor.name]
                 add_evaluation(report, evaluation)
             shown.update(task, completed=ends)
             write_json(out, report)
+    write_json(out, report)  # also where nothing was left to run
     print_table(report, console)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
     return report
+
+
+def _left(
+    plan: Sequence[tuple[Editor, int]],
+    report: Report,
+    out: Path,
+    made_of: Mapping[str, dict[str, Any]],
+    console: Console,
+) -> list[tuple[Editor, int]]:
+    """What of a plan an earlier call has not finished; what the file holds besides is put into the report."""
+    old = earlier.read(out, report["meta"]["setup"], made_of)
+    if old is None:
+        return list(plan)
+    done = {(name, size): old["runs"][name][str(size)] for name, size, cell in cells(old) if "error" not in cell}
+    asked = {(editor.name, size) for editor, size in plan}
+    earlier.take(report, old, asked - done.keys())
+    report["made_of"] |= old["made_of"]
+    meta = report["meta"]
+    meta["pool_sizes"] = sorted({*meta["pool_sizes"], *old["meta"]["pool_sizes"]})
+    meta["earlier"] = earlier.calls(old)
+    named = [[f"{name} at {size}" for name, size in done if ((name, size) in asked) == own] for own in (True, False)]
+    earlier.tell(console, out, *named, codes=[run.get("code") for run in done.values()])
+    return [(editor, size) for editor, size in plan if (editor.name, size) not in done]
 
 
 def drawn(

@@ -3,7 +3,8 @@
 A report is {"meta", "aggregate", "runs", "records"}; the last three are by editor and then by pool size (as text):
     meta        when, how and on what it was measured, with the definition of every metric
     aggregate   {metric: {value, ci, records}}, or {"error": reason} where the editor failed
-    runs        seconds for editing and answering, per query where these were counted, settings, and what was left out
+    runs        seconds for editing and answering, per query where these were counted, settings, what was left out, and
+                a hash of the code that computed it
     records     per-record results in EasyEdit's shape
 """
 
@@ -18,6 +19,7 @@ from modules.export import versions
 from modules.judging import Evaluation
 from modules.metrics import PROTOCOLS
 from trainers.provenance import command_line, hardware
+from trainers.result_cache import code
 
 Report = dict[str, Any]
 
@@ -67,7 +69,7 @@ def new_report(
 def add_evaluation(report: Report, evaluation: Evaluation) -> None:
     """Put one editor's results at one pool size into the report."""
     run: dict[str, Any] = {"edit_seconds": evaluation.edit_seconds, "edit_bytes": evaluation.edit_bytes}
-    run |= {"answer_seconds": evaluation.answer_seconds}
+    run |= {"answer_seconds": evaluation.answer_seconds, "code": code()}
     queries = evaluation.settings.get("queries")
     if queries and not evaluation.settings.get("fluency"):  # writing takes most of the time, and asks no query
         run["answer_seconds_per_query"] = evaluation.answer_seconds / queries
@@ -92,4 +94,5 @@ def cells(report: Report) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def _put(report: Report, part: str, editor: str, pool_size: int, value: Any) -> None:
-    report[part].setdefault(editor, {})[str(pool_size)] = value
+    sizes = report[part].get(editor, {}) | {str(pool_size): value}
+    report[part][editor] = dict(sorted(sizes.items(), key=lambda item: int(item[0])))  # a later call may add smaller

@@ -63,7 +63,8 @@ def _entries(file: str, content: Mapping[str, Any]) -> Iterator[Entry]:
         for size, results in sizes.items():
             settings = content["runs"][editor][size]
             protocol = content["meta"].get("protocol") or settings.get("protocol", "default")
-            yield Entry(file, editor, int(size), _told(content["meta"], protocol, settings), _by_id(results))
+            told = _told(content["meta"], protocol, settings)
+            yield Entry(file, editor, int(size), told, _by_id(results), settings.get("code"))
 
 
 def _told(about: Mapping[str, Any], protocol: str, settings: Mapping[str, Any]) -> dict[str, Any]:

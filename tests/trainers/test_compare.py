@@ -21,11 +21,12 @@ def result(name: str, accuracy: float, target: str = "Peru") -> dict[str, Any]:
     return {"case_id": name, "requested_rewrite": {"prompt": f"{name} is in", "target_new": target}, "post": post}
 
 
-def report(path: Path, editors: dict[str, dict[int, Results]], **meta: Any) -> str:
+def report(path: Path, editors: dict[str, dict[int, Results]], code: str | None = None, **meta: Any) -> str:
     """A report of trainers.evaluate: reliability of each record by editor and number of edits."""
     about = {"protocol": "default", "mode": "batch", "backbone": {"source": "m"}} | meta
     records = {e: {str(n): [result(*r) for r in of.items()] for n, of in sizes.items()} for e, sizes in editors.items()}
-    runs = {e: {str(n): {"protocol": about["protocol"]} for n in sizes} for e, sizes in editors.items()}
+    run = {"protocol": about["protocol"]} | ({"code": code} if code else {})
+    runs = {e: {str(n): run for n in sizes} for e, sizes in editors.items()}
     path.write_text(json.dumps({"meta": about, "aggregate": {}, "runs": runs, "records": records}))
     return str(path)
 
@@ -144,6 +145,8 @@ def test_other_code_is_told(tmp_path: Path) -> None:
     assert text.count("code: ") == 1
     assert "(rome) was computed by 01234567, " in text
     assert "(ft) by abcdefgh, which may differ in what they measure" in text
+    reports = [report(tmp_path / f"{code}.json", {code: {2: {"a": 1.0}}}, code=code) for code in ("one", "two")]
+    assert "(one) was computed by one, " in compare(reports)
 
 
 def test_one_id_for_two_edits_and_other_demonstrations_are_refused(tmp_path: Path) -> None:

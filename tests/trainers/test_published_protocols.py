@@ -59,6 +59,7 @@ def easyedit(name: str) -> dict[str, Any]:
 def call(folder: Path, protocol: str, rows: list[dict[str, Any]], *more: str) -> dict[str, Any]:
     path, out = folder / "data.json", folder / "out.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
+    out.unlink(missing_ok=True)
     form = "zsre" if protocol == "zsre" else "counterfact"
     source = json.dumps([{"format": form, "path": str(path)}])
     given = [f"--data={source}", f"--protocol={protocol}", f"--out={out}", "--backbone.source=random:llama"]

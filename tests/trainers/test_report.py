@@ -17,7 +17,8 @@ from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited, Editor
 from modules.metrics import PROTOCOLS
 from modules.training_free.icl import InContext, RightEdit, Unedited
-from trainers import evaluation_run
+from trainers import earlier, evaluation_run
+from trainers.editors import Chosen
 from trainers.evaluation_run import run_evaluation
 from trainers.protocols import Judging
 from trainers.report import Report, failures
@@ -62,11 +63,15 @@ def backbone() -> Backbone:
     return load_backbone(BackboneConfig("random:llama", overrides=SHAPE))
 
 
+def chosen(*editors: Editor) -> list[Chosen]:
+    return [Chosen(editor, {"name": editor.name}) for editor in editors]
+
+
 def run(backbone: Backbone, out: Path, editors: Sequence[Editor], exact_match: bool = False) -> tuple[Report, str]:
     screen = StringIO()
     console = Console(file=screen, width=100)
     report = run_evaluation(
-        editors,
+        chosen(*editors),
         backbone,
         RECORDS,
         [2, 4],
@@ -83,7 +88,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
     out = tmp_path / "new" / "results.json"
     report, _ = run(backbone, out, [Unedited(), InContext()])
     assert json.loads(out.read_text()) == report
-    assert set(report) == {"meta", "aggregate", "runs", "records"}
+    assert set(report) == {"meta", "made_of", "aggregate", "runs", "records"}
     meta = report["meta"]
     assert set(meta) == {
         "date",
@@ -98,6 +103,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "pool_sizes",
         "backbone",
         "seed",
+        "setup",
         "versions",
         "protocols",
     }
@@ -125,6 +131,7 @@ def test_schema(backbone: Backbone, tmp_path: Path) -> None:
         "answer_seconds",
         "edit_bytes",
         "answer_seconds_per_query",
+        "code",
         "context_tokens",
         "protocol",
         "exact_match",
@@ -177,18 +184,102 @@ def test_a_stopped_run_keeps_what_it_has(backbone: Backbone, tmp_path: Path, mon
     assert set(json.loads(out.read_text())["aggregate"]["unedited"]) == {"4"}
 
 
+def test_a_later_call_runs_what_is_missing(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real, ran = tmp_path / "results.json", evaluation_run.evaluate_pools, []
+
+    def counted(judge: object, editor: Editor, backbone: object, records: object, size: int, **how: object) -> object:
+        if (editor.name, size) == ("icl", 4) and not ran[2:]:
+            raise KeyboardInterrupt
+        ran.append((editor.name, size))
+        return real(judge, editor, backbone, records, size, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation_run, "evaluate_pools", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(backbone, out, [Unedited(), InContext()])
+    first = json.loads(out.read_text())
+    ran.append(("", 0))
+    report, screen = run(backbone, out, [Unedited(), InContext()])
+    assert ran == [("unedited", 4), ("icl", 2), ("", 0), ("icl", 4)]
+    assert f"kept from {out}: unedited at 4, icl at 2" in screen
+    assert report["records"]["icl"]["2"] == first["records"]["icl"]["2"]
+    assert report["runs"]["unedited"] == first["runs"]["unedited"]  # the seconds are the same
+    assert [call["date"] for call in report["meta"]["earlier"]] == [first["meta"]["date"]]
+    assert json.loads(out.read_text()) == report
+
+
+def test_what_is_not_asked_for_stays(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results.json"
+    first, _ = run(backbone, out, [Failing(), Unedited()])
+    report, screen = run(backbone, out, [RightEdit()])
+    for part in ("aggregate", "runs", "records", "made_of"):
+        assert list(report[part]) == ["failing", "unedited", "icl_right_edit"]
+        assert {name: report[part][name] for name in first[part]} == first[part]
+    assert f"not asked for, and stays in {out}: failing at 2, unedited at 4" in screen
+    assert "failing failed with pools of 4" in screen
+    assert [row[:2] for row in rows(report)] == [
+        ["failing", "2"],
+        ["failing", "4"],
+        ["unedited", "4"],
+        ["icl_right_edit", "4"],
+    ]
+    monkeypatch.setattr(Failing, "edit", Unedited.edit)
+    report, screen = run(backbone, out, [Failing()])
+    assert failures(report) == []  # it was tried again
+    assert list(report["records"]["failing"]) == ["2", "4"]
+    more = run_evaluation(
+        chosen(InContext()), backbone, RECORDS, [1], Judging(), out, seed=3, console=Console(file=StringIO())
+    )
+    assert more["meta"]["pool_sizes"] == [1, 2, 4]
+    report, _ = run(backbone, out, [InContext()])
+    assert list(report["records"]["icl"]) == ["1", "2", "4"]
+
+
+def test_a_file_of_another_setup_is_refused(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.json"
+    run(backbone, out, [Unedited()])
+    before = out.read_bytes()
+    monkeypatch.setattr(evaluation_run, "evaluate_pools", None)  # nothing may be run
+    with pytest.raises(
+        ValueError, match=r"--out .* of another setup, which differs in options, protocol; give another"
+    ):
+        run(backbone, out, [InContext()], exact_match=True)
+    with pytest.raises(ValueError, match=r"differs in asked, mode, records, seed, singles;"):
+        run_evaluation(
+            chosen(InContext()), backbone, RECORDS[1:], [1], Judging(), out, singles=2, mode="single", asked=1
+        )
+    with pytest.raises(ValueError, match="has results of unedited as it was made of other arguments or files"):
+        run_evaluation([Chosen(Unedited(), {"x": 2})], backbone, RECORDS, [2, 4], Judging(), out, seed=3)
+    assert out.read_bytes() == before
+    out.write_text(json.dumps({"meta": {}, "aggregate": {}, "runs": {}, "records": {}}))  # as of before
+    with pytest.raises(ValueError, match="is there, and is no file that this call can add to"):
+        run(backbone, out, [Unedited()])
+
+
+def test_results_of_other_code_are_kept_and_told(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.json"
+    run(backbone, out, [Unedited()])
+    monkeypatch.setattr(earlier, "code", lambda: "corrected")
+    monkeypatch.setattr(evaluation_run, "evaluate_pools", None)
+    _, screen = run(backbone, out, [Unedited()])
+    assert "1 of these results were computed by other code than today's and are kept" in screen
+
+
 def test_pool_sizes_above_the_records_become_their_number(
     backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     report = run_evaluation(
-        [Unedited()], backbone, RECORDS, [4, 8, 100], Judging(), tmp_path / "r.json", progress=False
+        chosen(Unedited()), backbone, RECORDS, [4, 8, 100], Judging(), tmp_path / "r.json", progress=False
     )
     assert list(report["aggregate"]["unedited"]) == ["4"]
     assert "there are 4 records" in caplog.text
 
 
 def test_single_edits_are_made_for_fewer_records(backbone: Backbone, tmp_path: Path) -> None:
-    report = run_evaluation([InContext()], backbone, RECORDS, [4, 1], Judging(), tmp_path / "r.json", singles=3)
+    report = run_evaluation(chosen(InContext()), backbone, RECORDS, [4, 1], Judging(), tmp_path / "r.json", singles=3)
     assert {size: len(found) for size, found in report["records"]["icl"].items()} == {"1": 3, "4": 4}
 
 
@@ -206,7 +297,7 @@ def test_bad_arguments_are_refused_before_any_work(
     backbone: Backbone, tmp_path: Path, editors: list[Editor], records: list[EditRecord], sizes: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run_evaluation(editors, backbone, records, sizes, Judging(), tmp_path / "r.json")
+        run_evaluation(chosen(*editors), backbone, records, sizes, Judging(), tmp_path / "r.json")
     assert not list(tmp_path.iterdir())
 
 

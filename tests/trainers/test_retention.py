@@ -15,6 +15,7 @@ from datamodules.records import EditRecord
 from modules import modes
 from modules.backbone import Backbone
 from modules.training_free.icl import InContext, Unedited
+from trainers import earlier
 from trainers import evaluate as evaluate_command
 from trainers import retention as module
 from trainers.callbacks import curves
@@ -60,7 +61,10 @@ def test_file_and_figure(
     assert points[0]["first"][METRIC] == report["aggregate"]["nudge"]["1"][METRIC]["value"]
     (norm,) = {tuple(p["norms"]) for p in points}
     assert norm == ("model.layers.1.mlp.down_proj",)
-    assert report["finished"] == {"unedited": {"x": 1}, "nudge": {"layers": [1]}}
+    assert {name: made["facts"] for name, made in report["made_of"].items()} == {
+        "unedited": {"x": 1},
+        "nudge": {"layers": [1]},
+    }
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert "1 at a time" in screen
     panels = {axes.get_title(): axes for axes in drawn[0].axes}
@@ -84,12 +88,80 @@ def test_a_later_call_keeps_what_is_finished(backbone: Backbone, records: list[E
     assert again["curves"]["nudge"] == first["curves"]["nudge"]
     assert again["records"]["nudge"] == first["records"]["nudge"]
     assert list(again["curves"]) == ["unedited", "nudge", "icl"]
-    run(backbone, records, out, chosen(layers=[2]))  # made of something else
-    assert len(Nudge.calls) == 4
-    run(backbone, records, out, chosen(layers=[2]), batch=2)  # another setup
-    assert Nudge.calls[4:] == [2, 2]
-    run(backbone, records[:3], out, chosen(layers=[2]), batch=2)
-    assert Nudge.calls[6:] == [2, 1]
+    assert [call["date"] for call in again["meta"]["earlier"]] == [first["meta"]["date"]]
+
+
+def test_editors_that_are_not_asked_for_stay(backbone: Backbone, records: list[EditRecord], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    first, _ = run(backbone, records, out, chosen())
+    again, screen = run(backbone, records, out, [Chosen(InContext(), {})])
+    for part in ("aggregate", "runs", "records", "curves", "made_of"):
+        assert list(again[part]) == ["unedited", "nudge", "icl"]
+        assert {name: again[part][name] for name in first[part]} == first[part]
+    assert f"not asked for, and stays in {out}: unedited, nudge" in screen
+    assert [line.split()[:2] for line in screen.splitlines() if line.split()[:1] == ["nudge"]] == [
+        ["nudge", "1"],
+        ["nudge", "2"],
+        ["nudge", "4"],
+    ]
+
+
+def test_a_file_of_another_setup_is_refused(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.json"
+    run(backbone, records, out, chosen())
+    before = out.read_bytes()
+    Nudge.calls.clear()
+    with pytest.raises(ValueError, match=r"--out .*r\.json has results of nudge as it was made of other arguments"):
+        run(backbone, records, out, chosen(layers=[2]))
+    with pytest.raises(ValueError, match=r"differs in batch, checkpoints, mode; give another --out"):
+        run(backbone, records, out, chosen(), batch=2)
+    with pytest.raises(ValueError, match=r"differs in checkpoints, records;"):
+        run(backbone, records[:3], out, chosen())
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "config", replace(backbone.config, overrides={"rope_theta": 5}))
+        with pytest.raises(ValueError, match=r"differs in overrides;"):
+            run(backbone, records, out, chosen())
+    backbone.model.get_input_embeddings().weight.data[5] += 1
+    with pytest.raises(ValueError, match=r"differs in weights;"):
+        run(backbone, records, out, chosen())
+    assert Nudge.calls == []
+    assert out.read_bytes() == before
+
+
+def test_results_are_of_what_files_held(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts, solved = tmp_path / "texts.txt", tmp_path / "solved.txt"
+    texts.write_text("one")
+    solved.write_text("one")
+    editors = [Chosen(Nudge([1]), {"layers": [1], "texts": "texts.txt"})]
+    judging = Judging()
+    told = {**judging.told(), "references": "solved.txt"}
+    monkeypatch.setattr(Judging, "told", lambda _: told)
+    run(backbone, records, tmp_path / "r.json", editors)
+    run(backbone, records, tmp_path / "r.json", editors)
+    texts.write_text("two")
+    with pytest.raises(ValueError, match="results of nudge as it was made of other arguments or files"):
+        run(backbone, records, tmp_path / "r.json", editors)
+    texts.write_text("one")
+    solved.write_text("two")
+    with pytest.raises(ValueError, match="differs in protocol's files;"):
+        run(backbone, records, tmp_path / "r.json", editors)
+
+
+def test_results_of_other_code_are_kept_and_told(
+    backbone: Backbone, records: list[EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.json"
+    run(backbone, records, out, chosen())
+    assert "other code" not in run(backbone, records, out, chosen())[1]
+    Nudge.calls.clear()
+    monkeypatch.setattr(earlier, "code", lambda: "corrected")
+    assert "6 of these results were computed by other code" in run(backbone, records, out, chosen())[1]
+    assert Nudge.calls == []
 
 
 @pytest.mark.filterwarnings("ignore:.*null stands for")
@@ -107,7 +179,7 @@ def test_norms_that_are_none_end_no_run_nor_a_later_one(
             editors, backbone, records, 1, [2], Judging(), out, console=Console(file=screen, width=100)
         )
         assert ("kept from" in screen.getvalue()) == kept
-        assert list(report["finished"]) == ["unedited", "nudge"]
+        assert list(report["runs"]) == ["unedited", "nudge"]
         (norm,) = json.loads(out.read_text())["curves"]["nudge"][0]["norms"].values()
         assert norm["edited"] is None
         assert norm["unedited"] > 0
@@ -121,10 +193,13 @@ def test_a_failure_is_marked_where_it_came_and_tried_again(
     out = tmp_path / "r.json"
     report, screen = run(backbone, records, out, chosen(fails_after=1), batch=2)
     assert report["aggregate"]["nudge"] == {"2": {"error": "ValueError: at most 1 edits"}}
-    assert list(report["finished"]) == ["unedited"]
+    assert list(report["made_of"]) == ["unedited"]
     assert "at most 1 edits" in screen
+    other, _ = run(backbone, records, out, [Chosen(InContext(), {})], batch=2)
+    assert other["aggregate"]["nudge"] == report["aggregate"]["nudge"]  # the mark stays while it is not asked for
     report, _ = run(backbone, records, out, chosen(fails_after=2), batch=2)
-    assert list(report["finished"]) == ["unedited", "nudge"]
+    assert list(report["made_of"]) == ["unedited", "icl", "nudge"]
+    assert list(report["runs"]["nudge"]) == ["2", "4"]
 
 
 def test_a_stopped_run_leaves_its_checkpoints(
@@ -137,13 +212,24 @@ def test_a_stopped_run_leaves_its_checkpoints(
             raise KeyboardInterrupt
         return plain(self, backbone, requests, old)
 
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(Nudge, "terms", terms)
         with pytest.raises(KeyboardInterrupt):
             run(backbone, records, out, chosen())
     report = json.loads(out.read_text())
     assert list(report["aggregate"]["nudge"]) == ["1", "2"]
-    assert list(report["finished"]) == ["unedited"]
+    other, _ = run(backbone, records, out, [Chosen(InContext(), {})])
+    assert other["curves"]["nudge"] == report["curves"]["nudge"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Nudge, "terms", interrupted)
+        last = InContext()
+        last.name = "last"
+        with pytest.raises(KeyboardInterrupt):  # before it has reached anything again, and another one has
+            run(backbone, records, out, [Chosen(last, {}), *chosen()])
+    assert json.loads(out.read_text())["curves"]["nudge"] == report["curves"]["nudge"]
     report, _ = run(backbone, records, out, chosen())
     assert [p["edits"] for p in report["curves"]["nudge"]] == [1, 2, 4]
 
