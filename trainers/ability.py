@@ -50,7 +50,8 @@ def ability(
         batch: records of one edit, each on top of all earlier ones; by default all in one call.
         examples: of each task, drawn by `seed`; null: all.
         released: also judge by the rules of EAC's released code, where they differ.
-        out: the JSON file; the table lies beside it, as .md. A later call keeps the results that it holds.
+        out: the JSON file; the table lies beside it, as .md. A later call adds to it and runs nothing again
+            that it holds; a file of other records, of another model or of other settings is refused.
         seed: draws records and examples, and the bootstrap.
         batch_size: examples in one forward pass.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.

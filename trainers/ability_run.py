@@ -1,4 +1,4 @@
-"""Put tasks to the unedited model and to every editor's: a progress bar, a JSON file that a later call goes on from."""
+"""Put tasks to the unedited model and to every editor's: a progress bar, a JSON file that a later call adds to."""
 
 import logging
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from modules.ability.states import check, edited_models
 from modules.ability.task import Task, drawn
 from modules.backbone import Backbone
 from modules.editor import Edited
-from modules.fingerprint import weights_hash
 from trainers.ability_cells import UNEDITED, Asked, Cells, State
+from trainers.ability_earlier import go_on
 from trainers.ability_table import markdown, print_ability
 from trainers.editors import Chosen
 from trainers.evaluation_run import bar
+from trainers.made_of import of_model
 from trainers.report import Report, new_report
 from trainers.written import write_json, write_text
 
@@ -44,8 +45,8 @@ def run_ability(
 ) -> Report:
     """Ask the unedited model (where 0 is among the counts), then every editor's after each number of edits.
 
-    The file is written anew after each task, and a later call keeps the results that are made of the same. What fails
-    is marked with the reason, and tried again by a later call.
+    The file is written anew after each task, and a later call of the same setup goes on from it and adds to it
+    (`trainers.earlier`). What fails is marked with the reason, and tried again by a later call.
 
     Args:
         counts: numbers of records, ascending; 0 is the unedited model.
@@ -54,8 +55,8 @@ def run_ability(
         data, seed: see `trainers.report.new_report`.
 
     Raises:
-        ValueError: for two tasks or editors of one name, no task whose file is there, or an editor called unedited; and
-            see `modules.ability.states.check` and `modules.ability.task.Task.check`.
+        ValueError: for two tasks or editors of one name, no task whose file is there, an editor called unedited, or a
+            file of another setup; and see `modules.ability.states.check` and `modules.ability.task.Task.check`.
     """
     check_tasks(tasks)
     edits = [count for count in counts if count]
@@ -72,11 +73,8 @@ def run_ability(
     states = [State(UNEDITED, 0, {})] if 0 in counts else []
     states += [State(c.editor.name, count, c.facts) for c in editors for count in edits]
     report = _new(backbone, records, counts, batch, asked, missing, data, seed)
-    rest = [weights_hash(backbone.model), batch, seed]
-    rest += [backbone.config.overrides] if backbone.config.overrides else []
-    cells = Cells(report, states, asked, records, rest)
-    if kept := cells.keep(out):
-        console.print(f"kept from {out}: {kept} results", highlight=False, soft_wrap=True)
+    cells = Cells(report, states, asked, records, of_model(backbone) | {"batch": batch, "seed": seed})
+    go_on(cells, out, console)
     with bar(console, enabled=progress) as shown:
         asking = _Asking(cells, out, batch_size, seed, shown)
         if 0 in counts:
@@ -110,8 +108,7 @@ class _Asking:
                 self._failed(state, [one], error)
             else:
                 about = {"passed_over": one.passed_over, "edit_seconds": edit_seconds}
-                made_of = {"made_of": self.cells.made_of(state, name), "files": self.cells.files(state)}
-                self.cells.put(state, name, found | about | made_of)
+                self.cells.put(state, name, found | about)
             write_json(self.out, self.cells.report)
 
     def edit_and_ask(
@@ -200,4 +197,4 @@ def _new(
         one.task.name: {"main": one.task.main, "percent": one.task.percent, "examples": len(one.examples)}
         for one in asked
     }
-    return {"meta": meta | {"batch": batch, "tasks": tasks, "left_out": missing}, "cells": {}}
+    return {"meta": meta | {"batch": batch, "tasks": tasks, "left_out": missing}, "made_of": {}, "cells": {}}

@@ -19,6 +19,7 @@ from modules.ability.task import Task
 from modules.backbone import Backbone
 from modules.training_free.icl import InContext, Unedited
 from trainers import ability as ability_command
+from trainers import earlier
 from trainers.ability import task
 from trainers.ability_run import run_ability
 from trainers.command import run as command
@@ -102,36 +103,80 @@ def test_a_later_call_keeps_what_is_made_of_the_same(
     more, _ = run(backbone, records, out, tasks=[task("sst2"), task("nq_open")])  # another task at all of them
     assert Nudge.calls == [2, 1, 3]
     assert more["cells"]["nudge"]["3"]["sst2"] == first["cells"]["nudge"]["3"]["sst2"]
-    run(backbone, [records[1], *records], out)  # the first record is another one
-    assert Nudge.calls == [2, 1, 3, 1, 3]
-    run(backbone, [records[1], *records], out, editors=chosen(layers=[2]))
-    assert Nudge.calls[5:] == [1, 3]
-    run(backbone, [records[1], *records], out, editors=chosen(layers=[2]), examples=7)
-    assert Nudge.calls[7:] == [1, 3]
+    assert more["meta"]["earlier"][0]["date"] == first["meta"]["date"]
+
+
+def test_what_is_not_asked_for_stays(backbone: Backbone, records: list[EditRecord], folder: Path) -> None:
+    out = folder / "a.json"
+    first, _ = run(backbone, records, out, tasks=[task("sst2"), task("nq_open")])
+    other = Nudge(layers=[2])
+    other.name = "other"
+    again, screen = run(backbone, records, out, editors=[Chosen(other, {"layers": [2]})], counts=[2])
+    assert {name: again["cells"][name] for name in first["cells"]} == first["cells"]
+    assert list(again["cells"]["other"]) == ["2"]
+    assert f"not asked for, and stays in {out}: 6 results" in screen
+    meta = again["meta"]
+    assert list(meta["tasks"]) == ["sst2", "nq_open"]
+    assert meta["protocols"] == first["meta"]["protocols"]
+    assert meta["edited_after"] == [0, 1, 2, 3]
+    assert meta["edited"] == first["meta"]["edited"]
+    assert "change" in again["cells"]["other"]["2"]["sst2"]  # from the unedited model as it stands in the file
+    table = (folder / "a.md").read_text().splitlines()
+    assert table[0] == "| Editor | Edits | sst2 | nq_open |"
+    assert [line.split("|")[1].strip() for line in table[2:6]] == ["unedited", "nudge", "nudge", "other"]
+    Nudge.calls.clear()
+    run(backbone, records, out, tasks=[task("sst2"), task("nq_open")])
+    assert Nudge.calls == []
+
+
+def test_a_file_of_another_setup_is_refused(
+    backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "a.json"
+    run(backbone, records, out)
+    before = out.read_bytes()
+    Nudge.calls.clear()
+    other = chosen()
+    other[0].editor.name = "other"
+    with pytest.raises(ValueError, match=r"--out .*a\.json has results of another setup, which differs in records;"):
+        run(backbone, [records[1], *records], out, editors=other, counts=[1])
+    with pytest.raises(ValueError, match="differs in examples of sst2; give another --out, or remove the file"):
+        run(backbone, records, out, editors=other, examples=7)
+    with pytest.raises(ValueError, match="differs in batch, seed;"):
+        run(backbone, records, out, editors=other, batch=1, seed=1)
+    with pytest.raises(ValueError, match="has results of nudge as it was made of other arguments"):
+        run(backbone, records, out, editors=chosen(layers=[2]), counts=[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "config", replace(backbone.config, overrides={"rope_theta": 5}))
+        with pytest.raises(ValueError, match="differs in overrides;"):
+            run(backbone, records, out)
     backbone.model.get_input_embeddings().weight.data[5] += 1
-    _, screen = run(backbone, [records[1], *records], out, editors=chosen(layers=[2]), examples=7)
-    assert "kept" not in screen
+    with pytest.raises(ValueError, match="differs in weights;"):
+        run(backbone, records, out)
+    assert Nudge.calls == []
+    assert out.read_bytes() == before
     out.write_text("[]")
-    run(backbone, records, out)  # a file of another kind is written over
+    with pytest.raises(ValueError, match="is there, and is no file that this call can add to"):
+        run(backbone, records, out)
 
 
-def test_results_are_of_the_files_and_of_the_backbones_config(
+def test_results_are_of_what_files_held_and_of_other_code_told(
     backbone: Backbone, records: list[EditRecord], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     out, text = folder / "a.json", folder / "text.txt"
     text.write_text("one")
     editors = [Chosen(Nudge(layers=[1]), {"layers": [1], "text": "text.txt"})]
-    first, _ = run(backbone, records, out, editors=editors)
-    assert "3 results" in run(backbone, records, out, editors=editors)[1]
+    run(backbone, records, out, editors=editors)
+    screen = run(backbone, records, out, editors=editors)[1]
+    assert "3 results" in screen
+    assert "other code" not in screen
+    with monkeypatch.context() as patch:
+        patch.setattr(earlier, "code", lambda: "corrected")
+        assert "3 of these results were computed by other code" in run(backbone, records, out, editors=editors)[1]
     text.write_text("two")
-    assert "1 results" in run(backbone, records, out, editors=editors)[1]  # of the unedited model
-    for by_task in first["cells"]["nudge"].values():
-        del by_task["sst2"]["files"]  # as of before
-    out.write_text(json.dumps(first))
-    assert "3 results" in run(backbone, records, out, editors=editors)[1]
-    monkeypatch.setattr(backbone, "config", replace(backbone.config, overrides={"rope_theta": 5}))
-    assert "kept" not in run(backbone, records, out, editors=editors)[1]
+    with pytest.raises(ValueError, match="results of nudge as it was made of other arguments or files"):
+        run(backbone, records, out, editors=editors)
 
 
 def test_batch_after_batch_starts_from_the_first_where_one_is_missing(
@@ -144,8 +189,6 @@ def test_batch_after_batch_starts_from_the_first_where_one_is_missing(
     assert report["meta"]["mode"] == "sequential"
     run(backbone, records, out, batch=1, counts=[0, 1, 2])
     assert Nudge.calls[3:] == [1, 1]
-    run(backbone, records, out, batch=None, counts=[0, 1])  # not the same as one by one
-    assert Nudge.calls[5:] == [1]
 
 
 def test_a_failure_is_marked_and_tried_again(backbone: Backbone, records: list[EditRecord], folder: Path) -> None:
@@ -159,8 +202,8 @@ def test_a_failure_is_marked_and_tried_again(backbone: Backbone, records: list[E
     Nudge.calls.clear()
     run(backbone, records, out, editors=chosen(fails_after=1))
     assert Nudge.calls == []  # tried, and failed again; what was done is kept
-    _, screen = run(backbone, records, out)
-    assert Nudge.calls == [1, 3]  # made of other arguments
+    other, _ = run(backbone, records, out, editors=[Chosen(InContext(), {})])
+    assert other["cells"]["nudge"] == report["cells"]["nudge"]  # the mark stays while it is not asked for
 
 
 def test_each_number_of_edits_is_tried_where_each_is_a_call(
@@ -283,7 +326,7 @@ def test_lm_evals_tasks_before_and_after_edits(backbone: Backbone, records: list
     assert "2 results" in screen
     assert Nudge.calls == []
     assert again["cells"]["nudge"]["3"]["lm_eval/law"] == after["lm_eval/law"]
-    run(backbone, records, folder / "a.json", counts=[0, 3], tasks=[task(chosen_tasks[0] | {"shots": 1})])
+    run(backbone, records, folder / "b.json", counts=[0, 3], tasks=[task(chosen_tasks[0] | {"shots": 1})])
     assert Nudge.calls == [3]
 
 
