@@ -151,6 +151,19 @@ class Breaks(Nudge):
         return super().terms(backbone, requests, old)
 
 
+class Reads(Nudge):
+    """A `Nudge` that names a file.
+
+    Args:
+        layers: see `Nudge`.
+        texts: the file.
+    """
+
+    def __init__(self, layers: list[int], texts: str) -> None:
+        super().__init__(layers)
+        self.texts = texts
+
+
 def harm(backbone: Backbone, how: str) -> None:
     """What a careless editor leaves behind when it fails."""
     model = backbone.model

@@ -144,7 +144,21 @@ def test_results_are_kept_across_validations_and_runs(tmp_path: Path, nudge: str
     run(tmp_path / "weights", [callback(tmp_path, nudge)], "mend_tiny", 1, deeper)
     assert len(Nudge.calls) == 10
     kept = json.loads(next(iter((tmp_path / "cache").glob("*.json"))).read_text())
-    assert {"backbone", "records", "editor", "init_args", "exact_match", "code"} <= kept["key"].keys()
+    told = {"weights", "overrides", "records", "editor", "facts", "files", "exact_match", "code"}
+    assert told <= kept["key"].keys()
+
+
+def test_results_are_of_what_files_held_and_of_the_backbones_config(tmp_path: Path, nudge: str) -> None:
+    texts, config = tmp_path / "texts.txt", tmp_path / "reads.yaml"
+    texts.write_text("one")
+    config.write_text(yaml.safe_dump({"class_path": "deltas.Reads", "init_args": {"layers": [1], "texts": str(texts)}}))
+    for text, calls in (("one", 2), ("one", 2), ("two", 4)):
+        texts.write_text(text)
+        run(tmp_path / "run", [callback(tmp_path, str(config))], "mend_tiny", 1)
+        assert len(Nudge.calls) == calls
+    longer = "--model.init_args.backbone.overrides.max_position_embeddings=512"  # which no weight tells
+    run(tmp_path / "longer", [callback(tmp_path, str(config))], "mend_tiny", 1, longer)
+    assert len(Nudge.calls) == 6
 
 
 def test_cache_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

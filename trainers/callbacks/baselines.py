@@ -23,6 +23,7 @@ from trainers.callbacks.common import as_loaded, by_hand, gather, seed_all, trai
 from trainers.callbacks.curves import comparison
 from trainers.editors import TrainingFree, training_free
 from trainers.evaluation_run import meeting_conditions
+from trainers.made_of import of_facts, of_model
 from trainers.result_cache import ResultCache, code
 
 Pools = list[list[list[EditRecord]]]  # of each validation pool of this rank, the pools that it is split into
@@ -34,8 +35,8 @@ class Baselines(L.Callback):
     val/<editor>/<metric> beside the trained editor's val/<metric>, and a figure, baselines/comparison.
 
     Each rank takes its own validation pools; what is logged is the mean over all records. Editors run as by hand, in
-    the precision of the model's weights. Their results on the same weights and records are the same at each validation
-    and in each run, so they are kept, in memory and on disk (`trainers.result_cache`).
+    the precision of the model's weights. Their results on the same weights and records, of files that hold the same,
+    are the same at each validation and in each run, so they are kept, in memory and on disk (`trainers.result_cache`).
 
     Questions whose conditions the unedited model does not meet are left out (RippleEdits). Validation itself asks them,
     so the trained editor is then evaluated likewise, as val/<its name>/<metric>.
@@ -156,7 +157,7 @@ class Baselines(L.Callback):
         results = []
         for editor in self.editors:
             key = setting | {"editor": f"{editor.kind.__module__}.{editor.kind.__qualname__}"}
-            key |= {"init_args": editor.resolved(known_as(backbone))}
+            key |= of_facts({"init_args": editor.resolved(known_as(backbone))})
             known = self._known(key) if trainer.is_global_zero else None
             result: Result | None = trainer.strategy.broadcast(known)
             if result is None:
@@ -179,7 +180,8 @@ class Baselines(L.Callback):
         self._originals.model = Edited(backbone)
         told = [_text([[r.to_json() for r in part] for part in pool]) for pool in pools]
         records = sha256(_text(_in_order(gather(trainer, told))).encode()).hexdigest()
-        return {"backbone": self._weights[1], "records": records, **self.options, "seed": self.seed, "code": code()}
+        model = of_model(backbone, self._weights[1])
+        return {**model, "records": records, **self.options, "seed": self.seed, "code": code()}
 
     def _known(self, key: dict[str, Any]) -> Result | None:
         return self._memory.get(_text(key)) or (self.disk.get(key) if self.disk else None)
