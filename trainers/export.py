@@ -11,7 +11,7 @@ from modules.export import export as write
 from trainers.callbacks.preemption import checkpoints
 from trainers.callbacks.save_checkpoints import SaveCheckpoints, ranked, read_scores
 from trainers.checkpoints import single
-from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
+from trainers.checkpoints.folder import CheckpointError, newest, verify, whole
 from trainers.cli import TrainingCLI
 from trainers.command import run
 
@@ -24,8 +24,8 @@ def export(run_dir: str, out: str, checkpoint: str = "best", metrics: str | None
         out: the folder to write; it must not exist, or be empty.
         checkpoint: `best`, the best that the run has kept by its checkpoint.monitor, or without one the newest; `last`,
             the newest; or a path.
-        metrics: an evaluation.json whose aggregate goes into editor.json; by default the run's own, if there is one and
-            what it is of is exported: the newest checkpoint.
+        metrics: results of trainers.evaluate whose aggregate goes into editor.json; by default the run's own
+            evaluation.json, if there is one. Those of another step than the checkpoint's are left out.
     """
     config = Path(run_dir) / "config.yaml"
     if not config.is_file():
@@ -33,6 +33,8 @@ def export(run_dir: str, out: str, checkpoint: str = "best", metrics: str | None
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another folder with --out, or remove it")
+    own = Path(run_dir) / "evaluation.json"
+    results = read_results(Path(metrics), "--metrics ") if metrics else read_results(own) if own.is_file() else None
     # the machine that exports need not be the one that trained
     here = [
         "--trainer.accelerator=cpu",
@@ -47,16 +49,50 @@ def export(run_dir: str, out: str, checkpoint: str = "best", metrics: str | None
     manifest = verify(path)
     cli.model.teaches = False
     fill(cli.model, path, manifest["kind"])
-    latest = next((read_manifest(newer)["step"] for newer in whole(folder)), manifest["step"])
-    own = Path(run_dir) / "evaluation.json"
-    results = Path(metrics) if metrics else own if own.is_file() and manifest["step"] == latest else None
+    step = int(manifest["step"])
+    wrong = why_left_out(results, step, must_tell=not metrics) if results else None
+    if wrong:
+        print(f"{metrics or own} is left out of editor.json: {wrong}")
     about = {
-        "step": int(manifest["step"]),
+        "step": step,
         "data": cli.config.data.as_dict() if "data" in cli.config else {},
-        "metrics": json.loads(results.read_text(encoding="utf-8")).get("aggregate") if results else None,
+        "metrics": results["aggregate"] if results and not wrong else None,
     }
     write(cli.model, target, about)
-    print(f"wrote {target} (step {about['step']}); python -m trainers.edit --editor {target} edits with it")
+    print(f"wrote {target} (step {step}); python -m trainers.edit --editor {target} edits with it")
+
+
+def read_results(path: Path, flag: str = "") -> dict[str, Any]:
+    """Results of trainers.evaluate or of a run's own evaluation, checked before a checkpoint is read.
+
+    Args:
+        flag: what a user set the file by, for the message.
+
+    Raises:
+        ValueError: for a file that cannot be read, or holds no such results; it names the file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{flag}{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{flag}{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("aggregate"), dict):
+        raise ValueError(f"{flag}{path} holds no results of trainers.evaluate, which are an object with `aggregate`")
+    return found
+
+
+def why_left_out(results: dict[str, Any], step: int, must_tell: bool) -> str | None:
+    """Why results are not of a step; None where they are, or do not tell and need not.
+
+    Args:
+        must_tell: whether they must tell their step, as a run's own do; those that a user names may be of an export.
+    """
+    meta = results.get("meta")
+    told = meta.get("step") if isinstance(meta, dict) else None
+    if told is None:
+        return "it tells no step of a trained editor (--metrics takes it all the same)" if must_tell else None
+    return None if told == step else f"it is of step {told}, the checkpoint of step {step}"
 
 
 def chosen(folder: Path, checkpoint: str, saves: SaveCheckpoints) -> Path:

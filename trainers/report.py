@@ -1,7 +1,8 @@
 """Results as one JSON file.
 
 A report is {"meta", "aggregate", "runs", "records"}; the last three are by editor and then by pool size (as text):
-    meta        when, how and on what it was measured, with the definition of every metric
+    meta        when, how and on what it was measured, with the definition of every metric; of a run's own evaluation
+                also `step`, that of the trained editor
     aggregate   {metric: {value, ci, records}}, or {"error": reason} where the editor failed
     runs        seconds for editing and answering, per query where these were counted, settings, what was left out, and
                 a hash of the code that computed it

@@ -148,16 +148,53 @@ def test_from_training_to_edits_by_the_commands(tmp_path: Path, capsys: pytest.C
     assert not report.get("failures")
 
 
-def test_an_export_is_of_the_best_checkpoint_and_has_no_other_ones_metrics(tmp_path: Path) -> None:
+def test_an_export_is_of_the_best_checkpoint_and_has_no_other_ones_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run(tmp_path, 2, None, "--trainer.val_check_interval=1", "--checkpoint.top_k=2", "--data.init_args.val_records=5")
     write_scores(tmp_path / "checkpoints", {"step1.ckpt": 0.1, "step2.ckpt": 0.2})
-    (tmp_path / "evaluation.json").write_text('{"aggregate": {"mend": {}}}')
-    for step, given in ((1, []), (2, ["--checkpoint=last"])):
-        out = tmp_path / f"editor{step}"
+    own, other = tmp_path / "evaluation.json", tmp_path / "other.json"
+    taken: list[tuple[int, bool]] = []
+    for i, (told, given) in enumerate(
+        [
+            ({"step": 2}, []),  # of step 1
+            ({"step": 1}, []),
+            ({"step": 1}, ["--checkpoint=last"]),  # a run that was resumed and stopped before its own evaluation
+            ({"step": 2}, ["--checkpoint=last"]),
+            ({}, ["--checkpoint=last"]),  # none of the trained editor yet
+            ({}, ["--checkpoint=last", f"--metrics={other}"]),  # of trainers.evaluate
+            ({"step": 1}, ["--checkpoint=last", f"--metrics={other}"]),
+        ]
+    ):
+        file = other if given[1:] else own
+        file.write_text(json.dumps({"meta": told, "aggregate": {"mend": {}}}))
+        out = tmp_path / f"editor{i}"
+        capsys.readouterr()
         command(export_command.export, [f"--run_dir={tmp_path}", f"--out={out}", *given])
         about = json.loads((out / "editor.json").read_text())
-        assert about["step"] == step
-        assert about["metrics"] == ({"mend": {}} if step == 2 else None)
+        taken.append((about["step"], about["metrics"] == {"mend": {}}))
+        assert (f"{file} is left out of editor.json: it " in capsys.readouterr().out) != taken[-1][1]
+    assert taken == [(1, False), (1, True), (2, False), (2, True), (2, False), (2, True), (2, False)]
+
+
+def test_wrong_metrics_are_refused_before_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_command, "TrainingCLI", None)  # nothing may be built or read
+    (tmp_path / "config.yaml").touch()
+    file = tmp_path / "m.json"
+    given = [f"--run_dir={tmp_path}", f"--out={tmp_path / 'out'}"]
+    for text, message in (
+        (None, "cannot be read: No such file"),
+        ("{", "is no JSON"),
+        ("[]", "holds no results"),
+        ("{}", "holds no results"),
+    ):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(SystemExit, match=rf"--metrics .*m\.json {message}"):
+            command(export_command.export, [*given, f"--metrics={file}"])
+    (tmp_path / "evaluation.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"error: .*evaluation\.json holds no results"):
+        command(export_command.export, given)
 
 
 def test_precision_is_checked_before_anything_starts(tmp_path: Path) -> None:

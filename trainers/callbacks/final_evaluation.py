@@ -33,6 +33,7 @@ class FinalEvaluation(L.Callback):
     last step the trained editor. The results go to evaluation.json in the logger's folder, to the terminal as a table,
     and as metrics of the hyperparameters to TensorBoard (final/<metric>_at_<edits>). A resumed run keeps the rows that
     the file holds. A row that fails, as in-context learning beyond the context window does, is marked with the reason.
+    `meta.step` is the step of the trained editor, by which trainers.export knows whose figures these are.
 
     The models run in the precision of the training (autocast under bf16-mixed), as in validation. Questions whose
     conditions the unedited model does not meet are left out (RippleEdits).
@@ -123,7 +124,16 @@ class FinalEvaluation(L.Callback):
                         self._add(trainer, baseline.name, baseline, backbone)
             if suffix is not None:
                 editor = module.editor()
+                if not suffix:
+                    self._of_step(editor.name, trainer.global_step)
                 self._add(trainer, editor.name + suffix, editor, backbone)
+
+    def _of_step(self, name: str, step: int) -> None:
+        """Make room for the trained editor's row, whose step the report tells: a resumed run's file has an earlier one,
+        maybe at other pool sizes."""
+        for part in ("aggregate", "runs", "records"):
+            self._report[part].pop(name, None)
+        self._report["meta"]["step"] = step
 
     def _add(self, trainer: L.Trainer, name: str, editor: Editor, backbone: Backbone) -> None:
         for size in self._sizes if editor.reads_pool else self._sizes[-1:]:

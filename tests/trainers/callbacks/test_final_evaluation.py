@@ -82,13 +82,15 @@ def test_final_evaluation_of_a_resumed_run_keeps_its_rows(tmp_path, cache):
     first = fit(tmp_path, cache, [FinalEvaluation([2], records=2, exact_match=False)], val_check_interval=4)
     first.trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = json.loads((tmp_path / "evaluation.json").read_text())
-    callback = FinalEvaluation([2], records=2, exact_match=False)
+    assert before["meta"]["step"] == first.trainer.global_step == 2
+    callback = FinalEvaluation([1], records=2, exact_match=False)
     again = fit(tmp_path, cache, [callback], max_steps=3, ckpt_path="last.ckpt")
     after = json.loads((tmp_path / "evaluation.json").read_text())
     assert again.trainer.global_step == 3
     assert list(after["aggregate"]) == list(before["aggregate"])
     assert after["runs"]["incomes (untrained)"] == before["runs"]["incomes (untrained)"]  # the seconds are the same
-    assert after["runs"]["incomes"] != before["runs"]["incomes"]
+    assert after["runs"]["incomes"].keys() == {"1"}  # the earlier step's figures are gone
+    assert after["meta"]["step"] == 3
 
 
 def test_final_evaluation_marks_what_fails(tmp_path, cache, monkeypatch):
