@@ -86,7 +86,8 @@ class EditRecord:
     Args:
         id: the published record's id, or source and index where it has none.
         requests: the edits of this case (one, except in multi-edit sets such as MQuAKE).
-        rephrases: the same question in other words (generality).
+        rephrases: the same question in other words (generality). Of several edits it is not said which one each is of,
+            nor of which one a portability query follows: see `single`.
         locality: queries whose answers must not change, by kind.
         portability: queries whose answers follow from the edit, by kind (one hop, alias, ...).
         multi_hop: questions that need several facts, among them the edited ones; any one of them counts (MQuAKE).
@@ -116,6 +117,11 @@ class EditRecord:
     def request(self) -> EditRequest:
         """The first edit, for the sets in which a record is one edit."""
         return self.requests[0]
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one edit, so that its rephrases and portability queries are known to be that edit's."""
+        return len(self.requests) == 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self, dict_factory=_given), ensure_ascii=False)

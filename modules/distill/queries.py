@@ -64,8 +64,8 @@ class DistillQueries:
 def questions_of(record: EditRecord, config: DistillQueries) -> list[Question]:
     """All that is distilled of a record, each once: its edits' prompts, its rephrases, and its locality prompts."""
     request = record.request
-    single = len(record.requests) == 1  # else it is not said which of its edits a rephrase is of
-    old, new = (request.old_target, request.target) if single else (None, None)
+    # of several edits it is not said which one a rephrase is of
+    old, new = (request.old_target, request.target) if record.single else (None, None)
     asked = [(r.prompt, (r.target, r.old_target)) for r in record.requests if r.target]
     asked += [(q.prompt, (q.target, old)) for q in record.rephrases[: config.rephrases]]
     near = [q for queries in record.locality.values() for q in queries][: config.locality]

@@ -111,7 +111,7 @@ def pools(edited: GistEdited, records: Sequence[EditRecord], size: int) -> Itera
 def in_and_out_of_scope(
     edited: GistEdited, records: Sequence[EditRecord], most: int | None = None
 ) -> tuple[list[Selection], list[Selection]]:
-    """What the tokens of one rephrase (or the edit's own prompt) and of one locality query of each record select.
+    """What the tokens of one rephrase (or the first edit's own prompt) and of one locality query of each record select.
 
     Locality queries that name the subject of another edit of the pool are passed over.
 
@@ -176,9 +176,10 @@ def right_and_wrong(selections: Sequence[Selection]) -> list[Selection]:
 
 
 def _rephrase(record: EditRecord) -> Query | None:
-    request = record.request
+    """A query that the first edit decides: of several edits it is not said which one a rephrase is of."""
+    request, rephrases = record.request, record.rephrases if record.single else ()
     own = [Query(request.prompt, (request.target,))] if request.prompt and request.target else []
-    return next((q for q in (*record.rephrases, *own) if q.prompt), None)
+    return next((q for q in (*rephrases, *own) if q.prompt), None)
 
 
 def _show(token: str) -> str:

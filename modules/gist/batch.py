@@ -62,7 +62,8 @@ class QueryConfig:
     Args:
         per_record: how many queries are drawn for each record.
         rates: how often each kind is drawn, among those that the record has. Locality queries are out of scope: the
-            teacher sees no edit there, and the zero-gist is the right choice.
+            teacher sees no edit there, and the zero-gist is the right choice. A record of several edits is asked by
+            these edits' own prompts and by locality queries alone.
         closing: text after the answer, scored with it: a model that only ever sees answers does not learn to end one.
         max_edit_tokens: records with a longer edit are left out of training (paper).
         max_query_tokens: and those whose edit and query are longer together (paper).
@@ -203,14 +204,16 @@ class GistCollator:
 def _of_one_edit(record: EditRecord) -> dict[Kind, list[tuple[Query, int | None]]]:
     """The queries that one edit decides, with its number among the record's; None out of scope.
 
-    Each edit is asked by its own prompt. The rest but multi-hop questions is the first edit's: published sets whose
-    records have several edits (MQuAKE) ask nothing else.
+    Each edit is asked by its own prompt. Rephrases and portability queries are asked of a record's only edit: of
+    several (MQuAKE) it is not said which one each is about, and the teacher would read the wrong one before it.
     """
     found: dict[Kind, list[tuple[Query, int | None]]] = {
         kind: [(query, None if kind == "locality" else 0) for query in queries]
         for kind, queries in queries_by_kind(record).items()
         if kind != "multi_hop"
     }
+    if not record.single:
+        found["rephrase"], found["portability"] = [], []
     found["request"] = [(Query(r.prompt, (r.target,)), i) for i, r in enumerate(record.requests) if r.target]
     return found
 

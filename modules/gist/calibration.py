@@ -48,7 +48,9 @@ class _Case:
 
 
 def _inside(record: EditRecord) -> list[str]:
-    prompts = [record.request.prompt, *(q.prompt for q in record.rephrases[:2])]
+    """What the first edit decides: its own prompt and, where it is the only one, two rephrases."""
+    rephrases = record.rephrases[:2] if record.single else ()
+    prompts = [record.request.prompt, *(q.prompt for q in rephrases)]
     return [p for p in prompts if p.strip()] or [record.request.statement]
 
 

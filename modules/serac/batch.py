@@ -63,7 +63,8 @@ class SeracBatch(Tensors):
 
 @dataclass
 class SeracQueries:
-    """Which queries a record contributes. Of a record of several edits the first one is taken.
+    """Which queries a record contributes. Of a record of several edits the first one is taken, and
+    asked by its own prompt alone: which of them a rephrase is about is not said.
 
     Args:
         positives: queries of each record that are in scope.
@@ -209,7 +210,9 @@ _IN_SCOPE: tuple[Kind, ...] = ("request", "rephrase", "portability")
 
 def _of_one_edit(record: EditRecord) -> dict[Kind, list[Query]]:
     """What a record asks that its first edit alone decides."""
-    by_kind = queries_by_kind(replace(record, requests=record.requests[:1]))
+    if not record.single:  # it is not said which of its edits these are about
+        record = replace(record, requests=record.requests[:1], rephrases=(), portability={})
+    by_kind = queries_by_kind(record)
     return {kind: queries for kind, queries in by_kind.items() if kind != "multi_hop"}
 
 

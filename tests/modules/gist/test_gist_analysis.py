@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +225,16 @@ def test_traces_are_those_of_pools_made_by_themselves(
     assert {s.right for s in found.examples} == {s.right for s in found.inside}
     with pytest.raises(ValueError, match="a pool of 13 edits"):
         traces(under(model, many), many, 13)
+
+
+def test_of_several_edits_the_first_is_asked_by_its_own_prompt(
+    tiny_gists: Callable[..., GistModel], many: list[EditRecord]
+) -> None:
+    """A rephrase may be another edit's, and the gist that it should select is the first one's."""
+    case = replace(many[1], requests=(many[0].request, many[1].request))
+    (asked,), _ = in_and_out_of_scope(under(tiny_gists(), many[:2]), [case])
+    assert asked.question == f"{many[0].request.prompt} → {many[0].request.target}"
+    assert asked.golden == 0
 
 
 def test_pools_are_cut_not_encoded_again(tiny_gists: Callable[..., GistModel], many: list[EditRecord]) -> None:

@@ -12,10 +12,12 @@ from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot
 from datamodules.tokens import encode
 from modules.backbone import Backbone, load_tokenizer
-from modules.gist.batch import GistBatch, GistCollator, QueryConfig
+from modules.gist.batch import GistBatch, GistCollator, Kind, QueryConfig
 from modules.trained.incomes import block_mask
 
-ONLY = {k: QueryConfig(rates={k: 1.0}) for k in ("request", "rephrase", "portability", "locality")}
+ONLY: dict[Kind, QueryConfig] = {
+    k: QueryConfig(rates={k: 1.0}) for k in ("request", "rephrase", "portability", "locality")
+}
 
 
 @pytest.fixture
@@ -66,6 +68,21 @@ def test_each_edit_of_a_record_stands_in_the_pool_and_is_asked(
         assert edits[golden].startswith(text)  # each reads the edit whose prompt it is
     assert set(batch.golden.tolist()[:24]) == {0, 1}  # free text has no prompt of its own
     assert batch.visible.all()
+
+
+@pytest.mark.parametrize("kind", ["rephrase", "portability"])
+def test_of_several_edits_only_their_own_prompts_are_asked(
+    tokenizer: PreTrainedTokenizerBase, records: list[EditRecord], kind: Kind
+) -> None:
+    """A rephrase of the second edit must not be read with the first one before it."""
+    first, second = records[:2]
+    case = replace(second, requests=(first.request, second.request))
+    batch = GistCollator(tokenizer, replace(ONLY[kind], per_record=8))(slots([case]))
+    edits = texts(tokenizer, batch.edits, batch.edits_mask)
+    asked = texts(tokenizer, batch.queries, batch.queries_mask)
+    assert all(edits[at].startswith(text) for text, at in zip(asked, batch.golden.tolist(), strict=True))
+    free = EditRecord("made/free", (EditRequest(text="Cee is far."), EditRequest(text="Dee is near.")), case.rephrases)
+    assert not GistCollator(tokenizer, ONLY[kind]).fits(free)  # nothing that is known to be about one of them
 
 
 def test_locality_queries_have_no_golden_edit(tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]) -> None:

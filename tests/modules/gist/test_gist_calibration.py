@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from datamodules.readers.facts import read_facts
 from datamodules.records import EditRecord
-from modules.gist.calibration import _ask, _states, calibrate
+from modules.gist.calibration import _ask, _inside, _states, calibrate
 from modules.gist.model import GistModel
 
 
@@ -114,6 +115,12 @@ def test_texts_begin_as_in_training(
     monkeypatch.setattr(model, "forward", lambda ids, *_: seen.append(ids) or model.__class__.forward(model, ids, *_))
     calibrate(model, facts[:4], seed=1, steps=1)
     assert bool((seen[0][:, 0] == tokenizer.bos_token_id).all()) == bos
+
+
+def test_of_several_edits_only_the_first_ones_prompt_is_to_find_it(facts: list[EditRecord]) -> None:
+    first, second = facts[:2]
+    assert len(_inside(second)) > 1
+    assert _inside(replace(second, requests=(first.request, second.request))) == [first.request.prompt]
 
 
 def test_records_are_needed(tiny_gists: Callable[..., GistModel]) -> None:

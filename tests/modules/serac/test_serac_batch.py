@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from datamodules.records import EditRecord, EditRequest, Query
 from datamodules.schedule import Slot
 from modules.byte_tokenizer import byte_tokenizer
+from modules.gist.batch import Kind
 from modules.serac.batch import SeracBatch, SeracCollator, SeracQueries
 from modules.serac.encoder import EncoderConfig, TextEncoder
 from modules.serac.negatives import HardConfig, HardNegatives
@@ -106,6 +108,19 @@ def test_readings_begin_with_the_statement(records: list[EditRecord], collate: C
     for ids, answer in ((batch.readings, batch.readings_answer), (batch.plain, batch.plain_answer)):
         assert text(ids[4], answer[4]) == " Land 2"
         assert text(ids[5], answer[5]) == " Peru"
+
+
+@pytest.mark.parametrize("kind", ["rephrase", "portability"])
+def test_of_several_edits_the_first_is_asked_by_its_own_prompt(
+    records: list[EditRecord], collate: Callable[..., SeracBatch], kind: Kind
+) -> None:
+    """A rephrase may be another edit's, which the first one's statement does not answer."""
+    first, second = records[:2]
+    case = replace(second, requests=(first.request, second.request))
+    batch = collate(slots([case], [0]), positives=8, rates={kind: 1.0})
+    inside = batch.positive.sum(1) > 0
+    asked = [text(*row) for row in zip(batch.queries[inside], batch.queries_mask[inside], strict=True)]
+    assert asked == [first.request.prompt] * 8
 
 
 def test_an_answer_without_a_prompt_is_scored_where_both_models_have_its_tokens(
