@@ -116,7 +116,15 @@ class InComeS(TrainedModule[GistModel]):
         if trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision {trainer.precision} rounds the angles of the student's positions, and not those of "
-                "its teacher; take bf16-mixed, or 32-true with model.backbone.dtype bfloat16"
+                "its teacher; take bf16-mixed"
+            )
+        dtype = self.backbone_config.dtype
+        keeps_float32 = hasattr(trainer.strategy, "hold")  # ZeRO: the optimizer's own copy of what is trained
+        if self.train_part != "lora" and dtype != "float32" and not keeps_float32:
+            raise ValueError(
+                f"model.backbone.dtype {dtype} with model.train {self.train_part}: most steps are too small to change "
+                "a weight of 16 bits. Take float32 (trainer.precision bf16-mixed computes in bfloat16), train: lora, "
+                "whose adapters are float32, or ZeRO (--config zero2.yaml), which keeps float32 copies of the weights"
             )
 
     @property

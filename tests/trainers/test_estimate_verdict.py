@@ -26,16 +26,16 @@ def test_cards() -> None:
 
 
 def test_speed_is_said_only_of_known_cards() -> None:
-    sixteen = f"{MODEL}backbone.dtype=bfloat16"
+    sixteen = [f"{MODEL}backbone.dtype=bfloat16", "--config=zero2.yaml"]
     published = [f"{MODEL}gist.selection=qk", f"{MODEL}loss.golden_weight=0"]
-    cli = parsed(wide(sixteen, *published, "--trainer.max_steps=100"))
+    cli = parsed(wide(*sixteen, *published, "--trainer.max_steps=100"))
     known = estimate(cli, 2, named("h100"))
     assert known.tokens_per_second is not None
     assert known.tokens_per_second == pytest.approx(2 * UTILISATION * 989.4e12 / known.flops, rel=0.01)
     assert known.hours == pytest.approx(100 * known.tokens / known.tokens_per_second / 3600)
     assert known.tokens == 2 * 16 * (128 + 254)
     # whose teacher is of 32 bits, at 66.9 TFLOP/s
-    whole = estimate(parsed(wide(sixteen, *published, f"{MODEL}teacher_dtype=float32")), 2, named("h100"))
+    whole = estimate(parsed(wide(*sixteen, *published, f"{MODEL}teacher_dtype=float32")), 2, named("h100"))
     assert whole.tokens_per_second is not None
     assert whole.flops == known.flops
     assert whole.tokens_per_second < known.tokens_per_second / 2
@@ -75,7 +75,7 @@ def test_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("gib", [5.5, 3.5])
 def test_a_remedy_that_is_named_fits(gib: float, capsys: pytest.CaptureFixture[str]) -> None:
-    given = wide(f"{MODEL}backbone.dtype=bfloat16", "--data.init_args.records_per_batch=64")
+    given = wide(f"{MODEL}backbone.dtype=bfloat16", "--config=zero2.yaml", "--data.init_args.records_per_batch=64")
     message, code = command(*given, "--gpus=4", f"--gpu_memory={gib}")
     assert code not in (0, None)
     assert "does not fit" in capsys.readouterr().out

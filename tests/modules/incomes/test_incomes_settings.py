@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from datamodules.records import EditRecord
 from datamodules.schedule import Slot
+from modules.backbone import BackboneConfig
 from modules.gist.batch import GistBatch
 from modules.gist.model import GistConfig
 from modules.trained.incomes import InComeS
@@ -37,6 +39,27 @@ def test_configs_are_checked() -> None:
     for wrong in ({"temperature": 0.0}, {"scale": -1.0}, {"match_layer": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             GistConfig(**wrong)  # type: ignore[arg-type]
+
+
+def checked(precision: str = "32-true", zero: bool = False, dtype: str = "float32", **options: Any) -> None:
+    strategy = SimpleNamespace(hold=None) if zero else SimpleNamespace()
+    module = InComeS(BackboneConfig("random:llama", dtype=dtype), **options)
+    module.check(SimpleNamespace(precision=precision, strategy=strategy))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_weights_of_16_bits_are_trained_only_where_something_keeps_them_in_float32(precision: str) -> None:
+    for train in ("full", "upper"):
+        checked(precision, train=train)
+        checked(precision, zero=True, dtype="bfloat16", train=train)
+        with pytest.raises(ValueError, match=rf"model\.backbone\.dtype bfloat16 with model\.train {train}"):
+            checked(precision, dtype="bfloat16", train=train)
+    checked(precision, dtype="bfloat16", train="lora")
+
+
+def test_precisions_that_round_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.precision bf16-true .* take bf16-mixed$"):
+        checked("bf16-true")
 
 
 @pytest.mark.parametrize("train", TRAIN)
