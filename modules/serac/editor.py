@@ -213,5 +213,5 @@ class SeracEditor(TrainedEditor):
 
 
 def _key(request: EditRequest) -> str:
-    """What an edit is about: its prompt, or all of a free text."""
-    return request.prompt if request.prompt and not request.text else request.statement
+    """What an edit is about: its prompt, or all of a text without one."""
+    return request.prompt or request.statement

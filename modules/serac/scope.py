@@ -25,7 +25,8 @@ class ScopeConfig:
         similarity: `distance`: exp(-||a - b||²); `cosine`: exp(cos(a, b) - 1). Both are 1 for equal vectors.
         threshold: a query is in scope where its best similarity is above it.
         edit_side: what of an edit is compared: its `prompt` (released for GPT models, whose labels are cut off), or its
-            `statement`, with the target (released for sequence-to-sequence models). Free text is compared as it is.
+            `statement`, with the target (released for sequence-to-sequence models). An edit without a prompt is
+            compared as its text.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -39,7 +40,7 @@ class ScopeConfig:
 
     def text(self, request: EditRequest) -> str:
         """What of an edit is compared with queries."""
-        whole = request.text or self.edit_side == "statement" or not request.prompt
+        whole = self.edit_side == "statement" or not request.prompt
         return request.statement if whole else request.prompt
 
 

@@ -146,6 +146,22 @@ def test_of_two_edits_of_one_prompt_the_later_counts(tiny_serac: Callable[..., S
             assert memory.add(asked).edit_of(["City A is in"]) == [asked[-1]]
     texts = [EditRequest(text="Lyon is in Japan."), EditRequest(text="Lyon is in Peru.")]
     assert len(edited.add(texts).requests) == 5
+    # zsRE's edits are questions that have a statement beside them
+    told = [EditRequest("Where is Lyon?", land, "Lyon", text=f"Lyon is in {land}.") for land in ("Japan", "Peru")]
+    for memory in (edited.add(told), edited.add(told[:1]).add(told[1:])):
+        assert memory.requests == (*EDITS, told[1])
+        assert memory.edit_of(["Where is Lyon?"]) == [told[1]]
+
+
+@pytest.mark.parametrize("side", ["prompt", "statement"])
+def test_which_side_of_an_edit_is_compared(tiny_serac: Callable[..., SeracModel], side: str) -> None:
+    told = EditRequest("Where is Lyon?", "Peru", "Lyon", text="Lyon is in Peru.")
+    free = EditRequest(text="Oslo is in Chad.")
+    edited = edited_by(tiny_serac(edit_side=side), [told, free, EDITS[0]])
+    asked = ["Where is Lyon?", "Lyon is in Peru.", "Oslo is in Chad.", "City A is in", "City A is in Land 0."]
+    prompts = side == "prompt"
+    wanted = [told if prompts else None, None if prompts else told, free]
+    assert edited.edit_of(asked) == [*wanted, EDITS[0] if prompts else None, None if prompts else EDITS[0]]
 
 
 def test_edits_are_removed(tiny_serac: Callable[..., SeracModel]) -> None:
