@@ -30,7 +30,8 @@ class GistConfig:
             teacher's too, and when edited. Off: none do (released code, of the student alone).
         zero_gist: offer the zero-gist (off: an ablation of the paper).
         zero_key: where the zero-gist's key starts: `normal` (released code), or `mean_query`, the mean of the queries
-            over a calibration text, scaled so that reading starts at "nothing".
+            over the texts of calibration records, so that reading starts at "nothing"; without such records it stays
+            `normal`, so InComeS refuses to train then.
         temperature: logits are divided by it at inference when more than ten keys compete (released code: 0.45).
         match_layer: whose input `hidden` selection, and that part of `both`, sees, as a share of the depth; at most the
             first layer that takes part.

@@ -58,7 +58,8 @@ class InComeS(TrainedModule[GistModel]):
         teacher_dtype: of the frozen teacher; where None the backbone's, under ZeRO that of the training. Ignored with
             `train: lora`.
         visible_warmup_steps: over these steps the share of the pool that a query sees grows from its own gist to all.
-        calibration_records: how many training records set where selection starts; 0: none.
+        calibration_records: how many training records set where selection starts; 0: none. `gist.zero_key: mean_query`
+            needs some.
         calibration_steps: of fitting the matcher (selection: hidden).
         gradient_checkpointing: recompute activations in the backward pass, those of an original reader too.
         exact_match: also validate by generation.
@@ -117,6 +118,12 @@ class InComeS(TrainedModule[GistModel]):
             raise ValueError(
                 f"trainer.precision {trainer.precision} rounds the angles of the student's positions, and not those of "
                 "its teacher; take bf16-mixed"
+            )
+        gist = self.gist_config
+        if gist.selection != "hidden" and gist.zero_key == "mean_query" and not self.calibration_records:
+            raise ValueError(
+                "model.gist.zero_key mean_query is the mean over the texts of training records, and "
+                "model.calibration_records is 0: set it to a few hundred, or zero_key to normal"
             )
         dtype = self.backbone_config.dtype
         keeps_float32 = hasattr(trainer.strategy, "hold")  # ZeRO: the optimizer's own copy of what is trained

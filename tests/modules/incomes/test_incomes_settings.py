@@ -57,6 +57,14 @@ def test_weights_of_16_bits_are_trained_only_where_something_keeps_them_in_float
     checked(precision, dtype="bfloat16", train="lora")
 
 
+def test_a_mean_query_needs_records_to_be_the_mean_of() -> None:
+    gist = GistConfig(zero_key="mean_query")
+    with pytest.raises(ValueError, match=r"gist\.zero_key mean_query .* model\.calibration_records is 0"):
+        checked(gist=gist)
+    checked(gist=gist, calibration_records=8)
+    checked(gist=GistConfig(selection="hidden", zero_key="mean_query"))  # which has no such key
+
+
 def test_precisions_that_round_positions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.precision bf16-true .* take bf16-mixed$"):
         checked("bf16-true")
