@@ -84,11 +84,11 @@ def digest(folder: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def read(folder: Path, backbone: Backbone) -> dict[str, Summed]:
-    """What a student has from the beginning, by the linear layer's name, on the CPU, from a folder of edits.
+def file_in(folder: Path) -> Path:
+    """The file of edits in a folder.
 
     Raises:
-        ValueError: where the folder holds none, or those of another model.
+        ValueError: where the folder holds none.
     """
     file = folder / FILE
     if not file.is_file():
@@ -96,6 +96,16 @@ def read(folder: Path, backbone: Backbone) -> dict[str, Summed]:
             f"model.start: {folder} holds no {FILE}; make one with `python -m trainers.edit --editor memit ... --save "
             f"{folder}`, or give an editor by class_path"
         )
+    return file
+
+
+def read(folder: Path, backbone: Backbone) -> dict[str, Summed]:
+    """What a student has from the beginning, by the linear layer's name, on the CPU, from a folder of edits.
+
+    Raises:
+        ValueError: where the folder holds none, or those of another model.
+    """
+    file = file_in(folder)
     try:
         flat = {name: t for name, t in load_file(file).items() if not name.startswith(MEMORY)}
     except SafetensorError as error:

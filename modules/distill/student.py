@@ -5,11 +5,12 @@ B rows, T tokens, d hidden width, r rank.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from modules.backbone import Backbone, only_adapters
 from modules.distill.start import joined, moved, placed
@@ -41,6 +42,22 @@ class AdapterOptions:
                 f"{self.rank}, {self.alpha}, {self.targets}"
             )
 
+    def check(self, backbone: Backbone) -> None:
+        """Refuse targets that the model does not have, each by itself: peft refuses them where none is there.
+
+        Raises:
+            ValueError: naming the target, and what a layer has.
+        """
+        linear = [n for n, m in backbone.model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        for target in self.targets:
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                layer = backbone.layers[0].named_modules()
+                within = sorted({n.rpartition(".")[2] for n, m in layer if isinstance(m, (nn.Linear, Conv1D))})
+                raise ValueError(
+                    f"model.adapters.targets {self.targets}: no linear layer's name ends in {target!r}; a layer of "
+                    f"this model has {', '.join(within)}"
+                )
+
     def peft(self) -> LoraConfig:
         """peft's description of them."""
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), task_type="CAUSAL_LM")
@@ -50,6 +67,8 @@ class Student(nn.Module):
     """A backbone with adapters, which alone are trained. The teacher is the same model without them and without the
     start (`modules.backbone.adapters_off`).
 
+    Neither drops anything out, as published: it is never in training mode.
+
     Raises:
         ValueError: for targets that the model does not have.
     """
@@ -57,18 +76,15 @@ class Student(nn.Module):
     def __init__(self, backbone: Backbone, adapters: AdapterOptions, start: Mapping[str, Summed]) -> None:
         super().__init__()
         self.backbone = backbone
-        try:
-            inject_adapter_in_model(adapters.peft(), backbone.model, NAME)
-        except ValueError as error:
-            within = sorted(
-                {n.rpartition(".")[2] for n, m in backbone.layers[0].named_modules() if not [*m.children()]}
-            )
-            raise ValueError(
-                f"model.adapters.targets {adapters.targets}: {error}. A layer of this model has {', '.join(within)}"
-            ) from error
+        adapters.check(backbone)
+        inject_adapter_in_model(adapters.peft(), backbone.model, NAME)
         self.language_model = backbone.model
         only_adapters(self.language_model)
         self.start = dict(start)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids and mask [B, T], right-padded -> last hidden states [B, T, d]."""

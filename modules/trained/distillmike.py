@@ -30,7 +30,7 @@ from modules.checkpoint_names import misfit
 from modules.distill.editor import DistilledEditor, unknown_among
 from modules.distill.loss import kept_kl
 from modules.distill.queries import DistillBatch, DistillCollator, DistillQueries, Question, questions_of
-from modules.distill.start import as_sum, digest, make, moved, read
+from modules.distill.start import as_sum, digest, file_in, make, moved, read
 from modules.distill.store import BLOCK, Answered, Teaching, file_of, teach
 from modules.distill.student import AdapterOptions, Student
 from modules.distill.teacher import asked_of
@@ -165,6 +165,8 @@ class DistillMIKE(TrainedModule[Student]):
                 f"trainer.precision {trainer.precision}: adapters train in 32 bits; set bf16-mixed or 32-true, and "
                 "model.backbone.dtype to bfloat16 to halve the language model"
             )
+        if isinstance(self.start, str):
+            file_in(Path(self.start))
 
     @property
     def student(self) -> Student:
@@ -176,11 +178,11 @@ class DistillMIKE(TrainedModule[Student]):
             return
         with torch.device("cpu"):  # Lightning would have tensors made on the GPU, generators of random numbers not
             backbone = load_backbone(self.backbone_config, self.tokenizer)
+            self.adapters.check(backbone)  # not after hours of asking the teacher
             start = self._prepared(backbone) if self._fitting else {}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 self.model = Student(backbone, self.adapters, start)
-        self.model.train()
 
     @property
     def _fitting(self) -> bool:
@@ -207,30 +209,28 @@ class DistillMIKE(TrainedModule[Student]):
         records = sorted(datamodule.calibration_records(sys.maxsize), key=lambda r: (r.id, r.request.statement))
         self.requests = tuple(dict.fromkeys(r for record in records for r in record.requests))
         self._check_validation(datamodule.validation_records())
+        named = self._named_start(backbone) if isinstance(self.start, str) else {}
         backbone.model.to(trainer.strategy.root_device)  # type: ignore[arg-type]
         weights = trainer.strategy.broadcast(weights_hash(backbone.model) if trainer.is_global_zero else "")
         self.answered = self._taught(backbone, records, weights)
-        return self._start(backbone, weights)
+        return self._made_start(self.start, backbone, weights) if isinstance(self.start, Editor) else named
 
-    def _start(self, backbone: Backbone, weights: str) -> dict[str, Summed]:
+    def _made_start(self, start: Editor, backbone: Backbone, weights: str) -> dict[str, Summed]:
         """What the student starts from, which rank 0 makes: it must be the same on all ranks, bit by bit. A run that
-        goes on has it from its checkpoint in the end, unless the config names its folder."""
-        trainer, start = self.trainer, self.start
-        if start is None:
-            return {}
-        if isinstance(start, Editor):
-            rank_zero_info(f"start: {len(self.requests):,} edits by {start.name} ...")
-            made = ""
-            with _InfiniteBarrier():
-                if trainer.is_global_zero:
-                    made = str(make(start, backbone, self.requests, weights, self.teaching.where()))
-            start = trainer.strategy.broadcast(made)
-        rank_zero_info(f"start: {start}")
-        return read(Path(start), backbone) if start != self.start else self._named_start(backbone)
+        goes on has it from its checkpoint in the end."""
+        trainer, made = self.trainer, ""
+        rank_zero_info(f"start: {len(self.requests):,} edits by {start.name} ...")
+        with _InfiniteBarrier():
+            if trainer.is_global_zero:
+                made = str(make(start, backbone, self.requests, weights, self.teaching.where()))
+        made = trainer.strategy.broadcast(made)
+        rank_zero_info(f"start: {made}")
+        return read(Path(made), backbone)
 
     def _named_start(self, backbone: Backbone) -> dict[str, Summed]:
         """The edits in the folder that the configuration names."""
         folder = Path(str(self.start))
+        rank_zero_info(f"start: {folder}")
         terms = read(folder, backbone)
         self._start_digest = digest(folder)
         return terms
@@ -278,9 +278,6 @@ class DistillMIKE(TrainedModule[Student]):
 
     def on_fit_start(self) -> None:
         self.register_external(head_of(self.student.language_model))
-
-    def on_train_epoch_start(self) -> None:
-        self.student.eval()  # neither teacher nor student drops anything out (published: dropout 0)
 
     def losses(self, batch: DistillBatch) -> dict[str, Tensor]:
         """The loss and its parts for one micro-batch: `ike` of questions in scope, `base` of the others, each a share

@@ -342,6 +342,22 @@ def test_the_student_is_the_base_model_at_first(tiny: Callable[..., Backbone]) -
         assert torch.equal(Student(backbone, AdapterOptions(), {})(ids, torch.ones_like(ids)), before)
 
 
+def test_nothing_is_dropped_out_whoever_asks_for_training(tiny_config: Callable[..., BackboneConfig]) -> None:
+    """A run that goes on within an epoch calls no hook that begins one."""
+    module = DistillMIKE(tiny_config(attention_dropout=0.5), RightEdit())
+    module.configure_model()
+    ids = torch.arange(12)[None]
+    for student in (module.student, module.train().student):
+        assert not any(m.training for m in student.modules())
+        assert torch.equal(student(ids, torch.ones_like(ids)), student(ids, torch.ones_like(ids)))
+
+
+def test_a_start_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    module = DistillMIKE(BackboneConfig("random:llama"), RightEdit(), start=str(tmp_path))
+    with pytest.raises(ValueError, match=r"model\.start: .* holds no deltas\.safetensors"):
+        module.check(type("Trainer", (), {"precision": "32-true"})())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_precision_is_checked(precision: str) -> None:
     module = DistillMIKE(BackboneConfig("random:llama"), RightEdit())

@@ -18,6 +18,7 @@ from modules.backbone import load_backbone
 from modules.distill import store
 from modules.distill.queries import questions_of
 from modules.export import load_editor
+from modules.trained.distillmike import DistillMIKE
 from trainers import evaluate as evaluate_command
 from trainers import export as export_command
 from trainers.checkpoints.single import tensors
@@ -167,6 +168,15 @@ def test_validation_leaves_out_what_training_does(tmp_path: Path, caplog: pytest
     kept = short.datamodule.validation_records()
     assert all(short.model.collator().fits(r) for r in kept)
     assert len(kept) == 16
+
+
+def test_wrong_settings_are_named_before_the_teacher_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DistillMIKE, "_taught", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=r"model\.adapters\.targets \['query'\]"):
+        run(tmp_path / "targets", 1, None, '--model.init_args.adapters.targets=["query"]')
+    (tmp_path / "deltas.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"model\.start: .*cannot be read"):
+        run(tmp_path / "start", 1, None, f"--model.init_args.start={tmp_path}")
 
 
 def test_a_teacher_that_says_nothing_is_refused(tmp_path: Path) -> None:

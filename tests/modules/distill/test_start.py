@@ -124,6 +124,11 @@ def test_what_cannot_be_started_from(tiny: Callable[..., Backbone], records: lis
 def test_targets_that_are_not_there(tiny: Callable[..., Backbone]) -> None:
     with pytest.raises(ValueError, match=r"model\.adapters\.targets \['query'\].*q_proj"):
         Student(tiny(), AdapterOptions(targets=["query"]), {})
+    for wrong in ("query", "mlp", "proj"):  # beside one that is there; no linear layer; the end of a name's part
+        with pytest.raises(ValueError, match=rf"no linear layer's name ends in '{wrong}'; .*v_proj"):
+            AdapterOptions(targets=["q_proj", wrong]).check(tiny())
+    AdapterOptions(targets=["self_attn.q_proj", "model.layers.1.mlp.down_proj"]).check(tiny())
+    AdapterOptions(targets=["c_attn"]).check(tiny("gpt2"))
 
 
 @pytest.mark.parametrize("kind", ["MEMIT", "PMET", "EMMET", "AlphaEdit", "ROME", "RROME", "FTL", "FTM", "LoRA"])
