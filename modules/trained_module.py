@@ -151,6 +151,12 @@ class TrainedModule(L.LightningModule, Generic[M]):
         for name, value in self.metrics.compute().items():
             self.log(f"val/{name}", value, prog_bar=name == "reliability/token_accuracy", sync_dist=True)
 
+    def may_log(self) -> set[str]:
+        """Metrics of validation that the pools of the sanity check may lack: some records have queries of a kind, and
+        others have none."""
+        assert self.metrics is not None
+        return {f"val/{n}" for n in self.metrics.names if self.exact_match or not n.endswith("/exact_match")}
+
     # ------------------------------------------------------------------ checkpoints
 
     @abstractmethod

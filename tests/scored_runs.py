@@ -34,6 +34,17 @@ class Scored(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Named(Scored):
+    """One that says what validation may log though the sanity check does not, and logs a metric there."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val/loss", 0.0)
+        super().validation_step(batch, index)
+
+    def may_log(self) -> set[str]:
+        return {"val/score"}
+
+
 class Watch(L.Callback):
     """What lies in the folder after every step, before and after its validation."""
 
@@ -57,6 +68,7 @@ def train(
     scores: dict[int, float] | None = None,
     every: int = 1,
     resume: Path | None = None,
+    module: type[Scored] = Scored,
     **how: Any,
 ) -> tuple[L.Trainer, SaveCheckpoints, Watch]:
     """A run of so many steps, with a validation every `every` micro-batches; `how`: of SaveCheckpoints or Trainer."""
@@ -78,7 +90,7 @@ def train(
         default_root_dir=folder.parent,
         **how,
     )
-    trainer.fit(Scored(scores), loader, DataLoader(TensorDataset(torch.zeros(1, 1))), ckpt_path=resume)
+    trainer.fit(module(scores), loader, DataLoader(TensorDataset(torch.zeros(1, 1))), ckpt_path=resume)
     return trainer, saves, watch
 
 

@@ -28,7 +28,7 @@ from modules.serac.batch import SeracBatch, SeracCollator, SeracQueries
 from modules.serac.editor import SeracEdited, SeracEditor
 from modules.serac.encoder import TextEncoder
 from modules.serac.losses import mixture_losses, scope_loss
-from modules.serac.metrics import ScopeAccuracy, scope_answers
+from modules.serac.metrics import SORTS, ScopeAccuracy, scope_answers
 from modules.serac.model import SeracModel, same_tokens
 from modules.serac.negatives import HardNegatives
 from modules.serac.scope import ScopeClassifier, ScopeConfig
@@ -306,6 +306,9 @@ class SERAC(TrainedModule[SeracModel]):
         assert self.scope_accuracy is not None
         for name, value in self.scope_accuracy.compute().items():
             self.log(f"val/scope/{name}", value, sync_dist=True)
+
+    def may_log(self) -> set[str]:
+        return super().may_log() | {f"val/scope/{name}" for name in (*SORTS, "accuracy")}
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -110,9 +110,10 @@ def test_fast_dev_run(quick: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_checkpoint_error_in_training_is_one_line(quick: list[str], tmp_path: Path) -> None:
-    options = [*quick, "--trainer.val_check_interval=1", "--checkpoint.monitor=val/relyability"]
-    message, code = ends(fit.main, options)
+@pytest.mark.parametrize("when", ["--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=1"])
+def test_a_checkpoint_error_in_training_is_one_line(quick: list[str], when: str) -> None:
+    """At the first validation, and where there is a sanity check in that: two steps are not validated otherwise."""
+    message, code = ends(fit.main, [*quick, when, "--checkpoint.monitor=val/relyability"])
     assert isinstance(code, str)
     assert code.startswith("error: checkpoint.monitor is 'val/relyability'")
     assert "val/reliability/token_accuracy" in code

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
-from scored_runs import SCORED, kept, noted, train
+from scored_runs import SCORED, Named, kept, noted, train
 
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.checkpoints.folder import CheckpointError
@@ -66,6 +67,20 @@ def test_a_score_that_is_no_number_is_none(tmp_path: Path) -> None:
 def test_a_misspelt_monitor_ends_the_first_validation(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint.monitor is 'val/scroe'.*there are: val/score"):
         train(tmp_path, 5, monitor="val/scroe", every=2)
+
+
+def test_a_misspelt_monitor_ends_the_sanity_check_where_the_module_says_what_it_logs(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            steps.append(trainer.global_step)
+
+    with pytest.raises(CheckpointError, match=r"checkpoint.monitor is 'val/scroe'.*there are: val/loss, val/score"):
+        train(tmp_path, 2, monitor="val/scroe", module=Named, callbacks=[Count()])
+    assert not steps
+    for monitor in ("val/loss", "val/score"):  # logged there, or of records that are not there
+        train(tmp_path / monitor, 2, monitor=monitor, module=Named)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -82,6 +82,16 @@ class SaveCheckpoints(Checkpoint):
             )
             self.names, self.scores = [], {}
 
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a metric of validation (val/...) that is never logged before steps are made. A module says by
+        `may_log` which ones the first pools may lack; of one that does not, only the first validation can tell, and of
+        metrics of training and of callbacks."""
+        may_log: Callable[[], set[str]] | None = getattr(pl_module, "may_log", None)
+        if self.monitor is not None and may_log is not None and self.monitor.startswith("val/"):
+            logged = trainer.callback_metrics.keys() | may_log()
+            if not trainer.strategy.broadcast(self.monitor in logged):
+                raise _never_logged(self.monitor, logged)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -160,13 +170,16 @@ class SaveCheckpoints(Checkpoint):
         metrics = trainer.callback_metrics
         score = trainer.strategy.broadcast(float(metrics[monitor]) if monitor in metrics else None)
         if score is None:
-            raise CheckpointError(
-                f"checkpoint.monitor is {monitor!r}, which is never logged; there are: {', '.join(sorted(metrics))}"
-            )
+            raise _never_logged(monitor, metrics)
         return score
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step{step}.ckpt"
+
+
+def _never_logged(monitor: str, logged: Iterable[str]) -> CheckpointError:
+    there = ", ".join(sorted(logged))
+    return CheckpointError(f"checkpoint.monitor is {monitor!r}, which is never logged; there are: {there}")
 
 
 def ranked(scores: Mapping[str, float], mode: str) -> list[str]:
