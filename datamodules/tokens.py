@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import join
 
-_NOWHERE = (0, 0)  # the characters of a BOS
+_NOWHERE: tuple[int, int] = (0, 0)  # the characters of a BOS
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from trainers.report_table import print_table
 from trainers.written import write_json
 
 BASELINES: tuple[type[Editor], ...] = (Unedited, InContext, RightEdit)
+UNTRAINED = " (untrained)"  # after the editor's name, before the first step
 
 
 class FinalEvaluation(L.Callback):
@@ -34,6 +35,7 @@ class FinalEvaluation(L.Callback):
     and as metrics of the hyperparameters to TensorBoard (final/<metric>_at_<edits>). A resumed run keeps the rows that
     the file holds. A row that fails, as in-context learning beyond the context window does, is marked with the reason.
     `meta.step` is the step of the trained editor, by which trainers.export knows whose figures these are.
+    A run that is ended during this evaluation has made its last step: going on with it only says what is missing.
 
     The models run in the precision of the training (autocast under bf16-mixed), as in validation. Questions whose
     conditions the unedited model does not meet are left out (RippleEdits).
@@ -75,6 +77,7 @@ class FinalEvaluation(L.Callback):
         self.pool_1_records, self.batch_size, self.seed = pool_1_records, batch_size, seed
         self.queries_per_kind = queries_per_kind
         self._report: Report = {}
+        self._ended = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained_editor(pl_module)
@@ -82,15 +85,17 @@ class FinalEvaluation(L.Callback):
         self._sizes = sorted({min(size, len(self._records)) for size in self.pool_sizes})
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.json"
         self._originals: Answers | None = None
+        self._ended = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:
             self._report = {}
-            self._evaluate(trainer, pl_module, " (untrained)" if self.before else None)
+            self._evaluate(trainer, pl_module, UNTRAINED if self.before else None)
         elif self._path.is_file():
             self._report = json.loads(self._path.read_text(encoding="utf-8"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = True
         self._evaluate(trainer, pl_module, "")
         if trainer.is_global_zero:
             print_table(self._report)
@@ -100,6 +105,29 @@ class FinalEvaluation(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(settings(trainer, name), metrics, trainer.global_step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of a run that had no step left to make, for which Lightning calls no other hook: here the weights have left
+        their devices, and their shards, so that nothing can be evaluated any more."""
+        if (
+            trainer.is_global_zero
+            and trainer.global_step
+            and not self._ended
+            and not self._has_trained(trainer.global_step)
+        ):
+            print(
+                f"the run had made its last step already, so that nothing is evaluated now, and {self._path} has no "
+                "whole row of the trained editor. Export the run (python -m trainers.export), and evaluate that "
+                "(python -m trainers.evaluate)",
+                flush=True,
+            )
+
+    def _has_trained(self, step: int) -> bool:
+        """Whether the file has this step's editor with the largest pool, which is the last to be asked."""
+        report = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        rows, others = report.get("aggregate", {}), {kind.name for kind in BASELINES}
+        trained = [row for name, row in rows.items() if name not in others and not name.endswith(UNTRAINED)]
+        return report.get("meta", {}).get("step") == step and any(str(self._sizes[-1]) in row for row in trained)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, suffix: str | None) -> None:
         """Add the baselines that the report lacks and, unless `suffix` is None, the editor under its name + suffix."""

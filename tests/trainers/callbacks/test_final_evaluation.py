@@ -93,6 +93,25 @@ def test_final_evaluation_of_a_resumed_run_keeps_its_rows(tmp_path, cache):
     assert after["meta"]["step"] == 3
 
 
+def test_a_run_that_was_ended_while_it_evaluated_says_what_is_missing(tmp_path, cache, capsys):
+    options = {"exact_match": False, "baselines": False, "pool_1_records": 1}
+    first = fit(tmp_path, cache, [FinalEvaluation([1, 2], records=2, **options)], val_check_interval=4)
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def said() -> bool:
+        capsys.readouterr()
+        fit(tmp_path, cache, [FinalEvaluation([1, 2], records=2, **options)], ckpt_path="last.ckpt")
+        return "python -m trainers.evaluate" in capsys.readouterr().out
+
+    assert not said()
+    path = tmp_path / "evaluation.json"
+    report = json.loads(path.read_text())
+    del report["aggregate"]["incomes"]["2"]  # ended between its pool sizes
+    path.write_text(json.dumps(report))
+    assert said()
+    assert json.loads(path.read_text()) == report
+
+
 def test_final_evaluation_marks_what_fails(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(InContext, "edit", lambda *_: (_ for _ in ()).throw(ValueError("no room")))
     fit(tmp_path, cache, [FinalEvaluation([2], records=2, exact_match=False, before=False)], val_check_interval=4)
