@@ -1,5 +1,6 @@
 """What BottleneckFigures logs: its numbers against the bottlenecks themselves, its figures, the projector's files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.records import EditRecord
+from datamodules.records import EditRecord, EditRequest, Query
+from datamodules.schedule import Slot
 from modules.gradients import gradient_factors
 from modules.hypernetwork.batch import encode_edit, padded
 from modules.trained.ibke import IBKE, IbkeConfig, IbkeLayers
@@ -41,6 +43,19 @@ def test_each_edit_is_looked_at_by_itself(module: IBKE, records: list[EditRecord
     assert scale.isnan().tolist() == (~mask[0]).tolist()
     assert scale.isnan()[-1]  # the last token predicts nothing
     torch.testing.assert_close(scale[mask[0]], expected.scale[0][mask[0]], rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_record_its_first_edit_is_looked_at(module: IBKE, records: list[EditRecord]) -> None:
+    """Not further ones, nor the facts that a query rests on, which a batch edits in too."""
+    hop = Query("The flag of Land 1 is", ("red",), hops=(EditRequest("Land 1 is in", "Asia", "Land 1"),))
+    several = replace(records[1], requests=(records[1].request, records[3].request), rephrases=(hop,))
+    assert len(module.collator()([Slot(several, 0, 0)]).edits) == 3
+    seen = look(module, [records[0], several, records[2]])
+    assert [edit.record.id for edit in seen] == [r.id for r in records[:3]]
+    for found, plain in zip(seen, look(module, records[:3]), strict=True):
+        assert found.tokens == plain.tokens
+        for name, mean in plain.mean.items():
+            torch.testing.assert_close(found.mean[name], mean, rtol=1e-4, atol=1e-5)
 
 
 def edit_of(record: EditRecord, mean: list[float], nats: float, scale: list[float]) -> SeenEdit:

@@ -104,7 +104,9 @@ def look(module: IBKE, records: Sequence[EditRecord]) -> list[SeenEdit]:
         given = batch.edits, batch.edits_mask, batch.edits_answer
         factors, _ = gradient_factors(backbone, list(network.shapes), *given)
         found = network.look(factors)
-        for row, place in enumerate(batch.edit_pool.tolist()):
+        places = batch.edit_pool.tolist()
+        # each record is a pool of its own, whose edits begin with its first one; others, and hops, follow
+        for row, place in ((places.index(place), place) for place in range(len(of))):
             length = int(batch.edits_mask[row].sum())
             scale = {
                 short[name]: one.scale[row, :length].where(mask[row, :length], torch.nan).cpu()
