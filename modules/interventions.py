@@ -8,7 +8,7 @@ B rows, T tokens, r rank, n tokens of several edits side by side.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,6 +126,12 @@ class Deltas(NamedTuple):
         number[edits[inside]] = torch.arange(len(edits), device=edits.device)[inside]
         kept = number[self.edit] >= 0
         return Deltas(self.a[kept], self.b[kept], number[self.edit[kept]])
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Deltas]", count: int) -> "Deltas":
+        """All edits of these parts in their order; each part but the last has `count` of them."""
+        edit = torch.cat([part.edit + i * count for i, part in enumerate(parts)])
+        return cls(torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts]), edit)
 
     def then(self, more: "Deltas", count: int) -> "Deltas":
         """These edits, `count` of them, and more."""

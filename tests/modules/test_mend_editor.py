@@ -12,6 +12,7 @@ from datamodules.records import EditRecord, EditRequest
 from modules import summed
 from modules.backbone import Backbone
 from modules.editor import Edited
+from modules.hypernetwork import editor
 from modules.hypernetwork.editor import DeltaEdited
 from modules.hypernetwork.module import EditedLayers
 from modules.interventions import Deltas, merge
@@ -106,6 +107,25 @@ def test_many_edits_at_once_are_the_sum_of_each(build_mend: Callable[..., MEND],
         assert all(t.whole is not None and len(t.a) <= 48 * 32 / (48 + 32) for t in edited.terms.values())
         written = Edited(Backbone(model, backbone.tokenizer, backbone.config))
         torch.testing.assert_close(scores(edited), scores(written), rtol=1e-3, atol=2e-3)
+
+
+def test_edits_of_one_call_are_joined_once(build_mend: Callable[..., MEND], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined one after the other, all that is there would be copied for each; within inference mode too, later edits'
+    gradients go through them."""
+    monkeypatch.setattr(editor, "CHUNK", 3)
+    module = build_mend()
+    requests = [EditRequest(f"Town {i} is in", f"Land {i}") for i in range(8)]
+    edited = DeltaEdited(module.deltas, module.deltas.backbone)
+    parts = [edited.further(requests[at : at + 3])[0] for at in (0, 3, 6)]
+    monkeypatch.setattr(Deltas, "then", lambda *_: pytest.fail("copied"))
+    with torch.inference_mode():
+        whole, _ = edited.further(requests)
+    for name, deltas in whole.items():
+        assert not any(t.is_inference() for t in deltas)
+        assert torch.equal(deltas.a, torch.cat([part[name].a for part in parts]))
+        assert torch.equal(deltas.b, torch.cat([part[name].b for part in parts]))
+        assert torch.equal(deltas.edit, torch.cat([part[name].edit + 3 * i for i, part in enumerate(parts)]))
+    assert edited.further([]) == ({}, {})
 
 
 def test_an_edit_costs_the_same_however_many_there_are(
