@@ -33,6 +33,7 @@ def test_leftovers_are_one_warning_and_are_cleared(tmp_path: Path) -> None:
     for step in (2, 3):
         (stage(tmp_path / f"step{step}.ckpt") / "half").write_bytes(b"half")
     (tmp_path / "step4.ckpt").mkdir()
+    (tmp_path / ".step1.ckpt.universal" / "zero").mkdir(parents=True)  # of a conversion to another number of ranks
     chosen, (warning,) = newest(tmp_path)
     assert chosen == path
     assert all(name in warning for name in (".step2.ckpt.partial", ".step3.ckpt.partial", "step4.ckpt"))

@@ -2,7 +2,8 @@
 
 It is written beside, as `.step<N>.ckpt.partial`; its manifest, with size and hash of every file, is written last; then
 it gets its name. So a folder with that name is whole unless something has happened to it since, and then `verify` says
-to which file. Hidden names are what an interrupted save (`.partial`) or removal (`.removed`) left behind.
+to which file. Hidden names are what an interrupted save (`.partial`), removal (`.removed`) or conversion to another
+number of ranks (`.universal`) left behind.
 
     {"format": 1, "step": 600, "kind": "file", "world_size": 1,
      "files": {"state.ckpt": {"bytes": 1234, "sha256": "..."}}, "sha256": "... of all the rest"}
@@ -290,7 +291,7 @@ def remove(path: Path) -> str | None:
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove what interrupted saves and removals left behind. Nothing may be saving there now."""
-    for pattern in (".*.partial", ".*.removed"):
+    """Remove what interrupted saves, removals and conversions left behind. Nothing may be saving there now."""
+    for pattern in (".*.partial", ".*.removed", ".*.ckpt.universal"):
         for path in folder.glob(pattern):
             remove(path)
