@@ -24,6 +24,9 @@ class SaveCheckpoints(Checkpoint):
     intervals of saving and of validation are thus free. A checkpoint without a score is kept as the newest only. An old
     checkpoint is removed when the one that supersedes it is whole.
 
+    A run that goes on from a step does not validate that step: where its validation had not ended, the checkpoint stays
+    without a score.
+
     An exception saves nothing, ctrl-C included: it may come in the middle of a step, where some weights are new and
     some are old. What is to be saved before the end of a run calls `save` at the end of a step.
 
