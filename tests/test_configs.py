@@ -11,10 +11,14 @@ import yaml
 from trainers import command
 from trainers.ability import ability, task
 from trainers.cli import CONFIGS, TrainingCLI
+from trainers.editors import TrainingFree, known_names, read
 from trainers.evaluate import evaluate
+from trainers.speed import speed
+from trainers.workers import BASELINES
 
 FILES = sorted(CONFIGS.glob("*.yaml"))  # those of training-free editors: tests/trainers/test_editors.py
 EVALUATED = ("evaluate_", "benchmark_")
+MEASURED = ("ability_", "costs_")
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
 
 
@@ -29,7 +33,7 @@ def base_of(path: Path) -> list[str]:
     return named[: named.index(path.name)] if path.name in named else []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if not p.name.startswith((*EVALUATED, "ability_"))], ids=name)
+@pytest.mark.parametrize("path", [p for p in FILES if not p.name.startswith((*EVALUATED, *MEASURED))], ids=name)
 def test_training_config(path: Path, tmp_path: Path) -> None:
     given = [f"--config={c}" for c in [*base_of(path), str(path)]]
     cli = TrainingCLI([*given, *HERE, f"--run_dir={tmp_path}"])
@@ -73,3 +77,17 @@ def test_ability_config(path: Path) -> None:
     seen = parsed(ability, path)
     assert seen["data"]
     assert [task(spec).name for spec in seen["tasks"]] == seen["tasks"]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith("costs_")], ids=name)
+def test_cost_config(path: Path) -> None:
+    """Every editor that needs no training, but MeLLo and those that are there to compare with."""
+    seen = parsed(speed, path)
+    assert seen["data"]
+    known = {one.name for one in read(seen["editor"]) if isinstance(one, TrainingFree)}
+    assert known == set(known_names()) - {"mello", *BASELINES}
+
+
+def test_every_config_is_in_the_index() -> None:
+    index = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    assert not [path.stem for path in FILES if f"`{path.stem}`" not in index and f"`{path.name}`" not in index]

@@ -1,6 +1,7 @@
 """Evaluate several editors at several pool sizes: a progress bar, a JSON file that a later call adds to, a table."""
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -191,4 +192,5 @@ def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: 
 def bar(console: Console, enabled: bool) -> Progress:
     """A progress bar, where the output is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    return Progress(*columns, console=console, transient=True, disable=not enabled or not console.is_terminal)
+    options: dict[str, Any] = {"transient": True, "speed_estimate_period": math.inf}  # a step may take minutes
+    return Progress(*columns, console=console, disable=not enabled or not console.is_terminal, **options)

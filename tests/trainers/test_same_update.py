@@ -23,6 +23,8 @@ ORIGINAL = ["--model.init_args.reader=original"]
 STEPS = 20
 # where an element's gradients are no larger than Adam's usual 1e-8, the rounding of their sums decides its step
 EPS = "--model.init_args.optimizer.eps=1e-6"
+# what 16 bits round, a step of full size would make much of
+SLOW = "--model.init_args.optimizer.lr=1e-4"
 CALLBACKS = [
     *(f"--trainer.callbacks+=trainers.callbacks.{name}" for name in ("GradNorm", "Throughput", "PoolSizes")),
     *(f"--trainer.callbacks+=trainers.callbacks.{name}" for name in ("SelectionFigures", "SampleEdits")),
@@ -53,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     for stage in (2, 3):
         watched = [*TWO, *zero(stage), "--trainer.val_check_interval=2", *CALLBACKS]
         wanted.append({"name": f"watched-{stage}", "args": watched, "steps": 4})
-        args = [*TWO, *zero(stage), "--trainer.precision=bf16-mixed", "--trainer.val_check_interval=5"]
+        args = [*TWO, *zero(stage), "--trainer.precision=bf16-mixed", "--trainer.val_check_interval=5", SLOW]
         wanted.append({"name": f"bf16-{stage}", "args": args, "steps": 6})
     wanted.append({"name": "ddp-original", "args": [*TWO, "--trainer.strategy=ddp", *ORIGINAL], "steps": STEPS})
     wanted.append({"name": "zero3-original", "args": [*TWO, *shards, *ORIGINAL, again], "steps": STEPS})
@@ -62,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     for run in (*wanted, *alone):
         if not run["name"].startswith("bf16"):
             run["args"] = [*run["args"], EPS]
-    wanted.append({"name": "fp32-2", "args": [*TWO, *zero(2)], "steps": 4})
+    wanted.append({"name": "fp32-2", "args": [*TWO, *zero(2), SLOW], "steps": 4})
     return together(folder, wanted) | {run["name"]: perform(run, folder) for run in alone}
 
 

@@ -8,8 +8,8 @@ from ranks import ONE, TWO, perform, together, zero
 
 METHODS = ["mend", "ibke"]
 STEPS = 8
-# where an element's gradients are no larger than Adam's usual 1e-8, the rounding of their sums decides its step
-EPS = "--model.init_args.optimizer.eps=1e-6"
+# where an element's gradients are hardly larger than Adam's usual 1e-8, the rounding of their sums decides its step
+EPS = "--model.init_args.optimizer.eps=1e-5"
 POOLS = ["--data.init_args.pool_rates=[2, 1, 1]"]  # of 2, 4 and 8 edits
 SINGLE = ["--data.init_args.pool_sizes=[1]", "--data.init_args.pool_rates=[1]"]
 # the backbone in shards, layers above the edited ones that are run again, validations between

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from modules.metrics import from_file
 from trainers.benchmark.groups import Group, Result, apart, group_of
-from trainers.benchmark.tables import edit_mib, metrics_of, points, seconds_per_edit
+from trainers.benchmark.tables import edit_mib, keeps_values, metrics_of, points, seconds_per_edit
 from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
 from trainers.callbacks.figures import blank, open_axes
 
@@ -108,9 +108,13 @@ def trade(results: Sequence[Result]) -> Figure | None:
 
 
 def cost(results: Sequence[Result]) -> Figure | None:
-    """Seconds an edit, and the memory that editing takes, by editor, at the largest number of edits."""
+    """Seconds an edit, and the memory that editing takes, by editor, at the largest number of edits.
+
+    Editors whose values an earlier cell may have found are not shown.
+    """
     largest = max((p["edits"] for _, p in points(results)), default=0)
-    rows = [(r["editor"], seconds_per_edit(p), edit_mib(p)) for r, p in points(results) if p["edits"] == largest]
+    some = [(r, p) for r, p in points(results) if p["edits"] == largest and not keeps_values(r)]
+    rows = [(r["editor"], seconds_per_edit(p), edit_mib(p)) for r, p in some]
     rows = list({name: (name, s, m) for name, s, m in rows}.values())
     if not rows:
         return None

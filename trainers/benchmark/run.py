@@ -8,14 +8,16 @@ out/answers.html                           answers side by side; opens without a
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from datamodules.files import hashes
 from datamodules.records import EditRecord
@@ -163,7 +165,9 @@ def _run(
     """Run cells, keep each one's result in its file and say how it went."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
     ended = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+    # a cell may take hours: speed is of all that was done, not of the last half minute
+    options: dict[str, Any] = {"transient": True, "speed_estimate_period": math.inf}
+    with Progress(*columns, console=console, disable=not console.is_terminal, **options) as shown:
         task = shown.add_task("", total=sum(map(_work, left)))
         for cell, found in _results(benchmark, specs, backbone, editors, left, files, shown, task):
             ended += 1
@@ -172,7 +176,7 @@ def _run(
                 kept = files.write(cell, backbone, found.result)
                 said = found.result.get("error") or ("" if kept else TAKEN)
             console.print(
-                f"[{ended}/{len(left)}] {cell.name}" + (f": {said}" if said else ""),
+                f"[{ended}/{len(left)}] {cell.name}{_clock(shown.tasks[0])}" + (f": {said}" if said else ""),
                 style="red" if said not in ("", ELSEWHERE) else "",
                 highlight=False,
                 markup=False,
@@ -184,6 +188,16 @@ def _run(
             style="red",
             highlight=False,
         )
+
+
+def _clock(task: Task) -> str:
+    """What all cells so far took, and what the rest may take at that pace."""
+    taken, done = task.elapsed or 0.0, task.completed
+    return f" ({_span(taken)}" + (f", about {_span(taken * (task.remaining or 0) / done)} left)" if done else ")")
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def plan(
@@ -247,10 +261,10 @@ def _results(
             start = shown.tasks[0].completed
             tell = partial(shown.advance, task)
             ended = attempt(cell, known[cell.editor], backbone, originals, benchmark.answers, files, tell)
+            shown.update(task, completed=start + _work(cell))
             yield cell, ended
             if ended.broken:
                 return
-            shown.update(task, completed=start + _work(cell))
         return
     shown.update(task, description=f"{workers} processes")
     work = partial(in_worker, answers=benchmark.answers, files=files)

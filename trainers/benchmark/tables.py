@@ -88,6 +88,12 @@ def seconds_per_edit(point: Mapping[str, Any]) -> float:
     return point["edit_seconds"] / max(1, point.get("requests", point["edited"] * max(1, several)))
 
 
+def keeps_values(result: Result) -> bool:
+    """Whether its seconds are not the method's: value vectors that an earlier cell found are read."""
+    values = result.get("facts", {}).get("init_args", {}).get("values") or {}
+    return bool(values.get("keep"))
+
+
 def edit_mib(point: Mapping[str, Any]) -> int | None:
     """The most memory in MiB that making the edits took above what was held before; None of a cell of before it was
     measured, which tells what the whole cell held, answers with it."""
@@ -124,28 +130,11 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
             yield title, [], [], missing
             continue
         columns = metrics_of([point["metrics"] for _, point in members])
-        best = {
-            metric: max(
-                (
-                    value
-                    for r, p in members
-                    if metric in p["metrics"] and _competes(r, p) and not math.isnan(value := _shown(p, metric))
-                ),
-                default=None,
-            )
-            for metric, _ in columns
-        }
-        rows: list[Row] = []
-        for result, point in members:
-            texts = []
-            for metric, _ in columns:
-                cell = point["metrics"].get(metric)
-                top = cell is not None and _shown(point, metric) == best[metric] and _competes(result, point)
-                top = top and metric not in UNRANKED
-                texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
+        rows = _rows(members, columns)
+        for (_, texts), (result, point) in zip(rows, members, strict=True):
             memory = edit_mib(point)
-            texts += [(f"{seconds_per_edit(point):.2f}", False), ("-" if memory is None else f"{memory:,}", False)]
-            rows.append((result["editor"], texts))
+            texts += [("-" if keeps_values(result) else f"{seconds_per_edit(point):.2f}", False)]
+            texts += [("-" if memory is None else f"{memory:,}", False)]
         counts = {
             p["metrics"][metric]["records"] for _, p in members for metric, _ in columns if metric in p["metrics"]
         }
@@ -157,6 +146,41 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         notes += _made([r for r, _ in members]) + _codes([r for r, _ in members])
         heads = ["Editor", *(title for _, title in columns), "s / edit", "edit MiB"]
         yield title, heads, rows, notes + missing
+        if kinds := _kinds([point["metrics"] for _, point in members], [metric for metric, _ in columns]):
+            yield f"{title}, by kind", ["Editor", *(name for _, name in kinds)], _rows(members, kinds), []
+
+
+def _rows(members: Sequence[tuple[Result, dict[str, Any]]], columns: Sequence[tuple[str, str]]) -> list[Row]:
+    """A row for each cell, with the best of those that compete in each column."""
+    best = {
+        metric: max(
+            (
+                value
+                for r, p in members
+                if metric in p["metrics"] and _competes(r, p) and not math.isnan(value := _shown(p, metric))
+            ),
+            default=None,
+        )
+        for metric, _ in columns
+    }
+    rows: list[Row] = []
+    for result, point in members:
+        texts = []
+        for metric, _ in columns:
+            cell = point["metrics"].get(metric)
+            top = cell is not None and _shown(point, metric) == best[metric] and _competes(result, point)
+            top = top and metric not in UNRANKED
+            texts.append(("-", False) if cell is None else (_percent(cell), top and cell["value"] > 0))
+        rows.append((result["editor"], texts))
+    return rows
+
+
+def _kinds(cells: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> list[tuple[str, str]]:
+    """(metric, "portability: reasoning") of what any of these says of one kind of questions alone, by kind, hops or
+    criterion: the parts of the metrics that are shown."""
+    parts = {metric: metric.split("/") for metric in sorted({metric for metrics in cells for metric in metrics})}
+    found = [(m, p) for m, p in parts.items() if len(p) == 3 and f"{p[0]}/{p[2]}" in shown]
+    return [(metric, f"{where}: {kind.replace('_', ' ')}") for metric, (where, kind, _) in found]
 
 
 def _title(group: Group) -> str:
@@ -165,18 +189,22 @@ def _title(group: Group) -> str:
 
 
 def _kept(members: Sequence[Result]) -> list[str]:
-    """A line that says whose seconds are not the method's: value vectors that an earlier cell found are read."""
-    kept = [r["editor"] for r in members if (r.get("facts", {}).get("init_args", {}).get("values") or {}).get("keep")]
-    if not kept:
+    """A line that says whose seconds are not shown."""
+    if not (kept := [r["editor"] for r in members if keeps_values(r)]):
         return []
-    return [f"Value vectors are found once for all runs, where s / edit then lacks their search: {', '.join(kept)}."]
+    return [f"Value vectors are found once for all runs, so that a run's seconds tell nothing: {', '.join(kept)}."]
 
 
 def _made(members: Sequence[Result]) -> list[str]:
-    """A line that says when and on what a table's cells were computed; older ones do not tell."""
+    """A line that says when and on what a table's cells were computed, and whose seconds do not compare; older cells do
+    not tell."""
     days = sorted({r["date"][:10] for r in members if "date" in r})
-    on = dict.fromkeys(r["hardware"] for r in members if "hardware" in r)
-    return [f"Computed {' to '.join(dict.fromkeys([days[0], days[-1]]))}, on {'; '.join(on)}."] if days else []
+    by: dict[str, list[str]] = {}
+    for result in members:
+        by.setdefault(result.get("hardware", "not told"), []).append(result["editor"])
+    on = next(iter(by)) if len(by) == 1 else "; ".join(f"{what} ({', '.join(editors)})" for what, editors in by.items())
+    apart = " Seconds and memory of different machines do not compare." if len(by) > 1 else ""
+    return [f"Computed {' to '.join(dict.fromkeys([days[0], days[-1]]))}, on {on}.{apart}"] if days else []
 
 
 def _codes(members: Sequence[Result]) -> list[str]:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 from modules.fluency import FLUENCY
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.figures import cost, over_number, trade, write_figures
+from trainers.benchmark.run import _clock
 from trainers.benchmark.tables import FIELDS, write_csv, write_tables
 
 
@@ -314,3 +316,50 @@ def test_answers_are_one_page_that_fetches_nothing(tmp_path: Path) -> None:
     assert '<td class="right same">same</td>' in page
     assert "http" not in page
     assert "src=" not in page
+
+
+def test_kinds_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """Parts of the metrics that are shown; not those of other measures."""
+    some, other = point(1, 0.9, 0.4, 0.8), point(1, 0.8, 0.6, 0.7)
+    parts = {"portability/token_accuracy": 0.5, "portability/two_hops/token_accuracy": 0.25}
+    parts |= {"portability/alias/token_accuracy": 0.75, "portability/alias/exact_match": 0.1}
+    some["metrics"] |= {m: {"value": v, "ci": [v, v], "records": 2} for m, v in parts.items()}
+    write_tables([result("rome_x", [some]), result("memit", [other])], tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert text.count("## ") == 2
+    assert text.partition("## facts, batch, single edits, by kind")[2].strip().splitlines() == [
+        "| Editor | portability: alias | portability: two hops |",
+        "| --- | ---: | ---: |",
+        "| rome_x | **75.0 (75-75)** | **25.0 (25-25)** |",
+        "| memit | - | - |",
+    ]
+    assert "single edits, by kind" in (tmp_path / "tables.tex").read_text()
+
+
+def test_time_left_is_told_of_cells_that_take_long() -> None:
+    """Rich's own estimate looks back half a minute, in which a cell of hours tells nothing."""
+    now = [0.0]
+    shown = Progress(get_time=lambda: now[0], disable=True)
+    task = shown.add_task("", total=1000)
+    now[0] = 7200.0
+    assert _clock(shown.tasks[0]) == " (2:00:00)"
+    shown.update(task, completed=250)
+    assert _clock(shown.tasks[0]) == " (2:00:00, about 6:00:00 left)"
+
+
+def test_seconds_that_say_nothing_are_not_shown(tmp_path: Path) -> None:
+    """Value vectors that an earlier cell found; and what another machine took is told apart."""
+    kept = {"init_args": {"values": {"keep": True}}}
+    some = [
+        result("ft_m", [point(1, 0.9, 0.4, 0.8)], date="2026-11-28T10:00", hardware="a card"),
+        result("memit", [point(1, 0.8, 0.6, 0.7)], facts=kept, date="2026-11-27T10:00", hardware="a processor"),
+    ]
+    write_tables(some, tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    ends = {line.split(" | ")[0][2:]: line.split(" | ")[-2] for line in text.splitlines() if line.startswith("| ")}
+    assert (ends["ft_m"], ends["memit"]) == ("2.00", "-")
+    assert "a run's seconds tell nothing: memit." in text
+    assert "2026-11-27 to 2026-11-28, on a card (ft_m); a processor (memit). Seconds and memory of different" in text
+    (figure,) = [cost(some)]
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["ft_m"]

@@ -45,7 +45,7 @@ def test_selection_scalars_are_those_of_the_trained_model(run):
     assert len(outside) > 0
     first, query = inside[0], records[0].rephrases[0]
     assert len(first.tokens) == len(f"{query.prompt} {query.target}".encode()) - 1  # the tokens are bytes
-    assert len(first.tokens) - first.answer_from == len(query.target.encode())
+    assert len(first.tokens) - first.answer_from == len(f" {query.target}".encode())
     assert float(first.probabilities.sum(-1).min()) == pytest.approx(1, abs=1e-4)
     assert scalars(run.events, "selection/golden")[-1] == pytest.approx(float(profile(inside).golden.mean()), rel=1e-4)
     outside_zero = float(profile(outside).zero.mean())
@@ -70,7 +70,7 @@ def test_ask_knows_right_from_wrong_and_golden_from_zero():
     assert (right.golden, wrong.golden) == (0, None)
     assert (right.edit, wrong.edit) == ("q a.", "")
     assert right.tokens == [*"what", "␣", *"ye"]
-    assert (right.answer_from, wrong.answer_from) == (4, 3)  # the space before an answer belongs to the prompt
+    assert (right.answer_from, wrong.answer_from) == (3, 2)  # the prompt's last token predicts the space before it
     assert right.probabilities.shape == (1, 7, 3)  # one choice for both layers
     torch.testing.assert_close(wrong.probabilities[0], logp[1, :6].exp())
 
