@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from datamodules.files import located
 from datamodules.readers import FORMATS, read
 from datamodules.readers.errors import DataError, SkippedRecords
-from datamodules.readers.hub import is_hub
+from datamodules.readers.hub import PREFIX, is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash
 
@@ -201,7 +201,7 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
         "options": options,
         "skip": source.skip,
         "limit": source.limit,
-        "version": (path and _state(path), _code()),
+        "version": (_state(path) if path else _local_state(source), _code()),
     }
     try:
         # every argument of the generator is a part of the cache's key
@@ -220,6 +220,13 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
         draw = random.Random(stable_hash("sample", source.seed))
         table = table.select(sorted(draw.sample(range(len(table)), source.sample)))
     return table  # type: ignore[return-value]
+
+
+def _local_state(source: Source) -> list[tuple[str, int, int]] | None:
+    """Of a local folder that stands for a data set's name on the hub; None for one of the hub."""
+    name = (source.path or "").removeprefix(PREFIX)
+    folder = next((Path(part) for part in (name, name.partition(":")[0]) if part and Path(part).is_dir()), None)
+    return _state(folder) if folder else None
 
 
 def _state(path: Path) -> list[tuple[str, int, int]]:

@@ -53,6 +53,8 @@ def compare(
     wrong = sorted(set(allow or ()) - set(ALLOWED))
     if wrong:
         raise ValueError(f"--allow {wrong[0]}: only {', '.join(ALLOWED)} may differ")
+    if resamples < 1:
+        raise ValueError(f"--resamples must be at least 1, got {resamples}")
     entries = [entry for file in dict.fromkeys(files) for entry in read(Path(file), edits)]
     if not entries:
         raise ValueError("give the files to compare: python -m trainers.compare a.json b.json")

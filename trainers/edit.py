@@ -12,6 +12,8 @@ from typing import Any
 from datamodules.readers.requests import read_requests
 from modules.backbone import Backbone, BackboneConfig
 from modules.editor import Edited
+from modules.remembering import Remembering
+from modules.saved_edits import kept_without
 from modules.training_free.icl import Unedited
 from trainers.command import run
 from trainers.editors import Spec, read
@@ -71,6 +73,8 @@ def edit(
         empty = stack.enter_context(loaded.edit(model, []))
         _refuse(empty, loaded.name, pool=pool, remove=remove, save=save, merge=merge)
         edited: Any = _from_pool(loaded, empty, Path(pool)) if pool else empty
+        if gone and not isinstance(edited, Remembering):  # before hours of editing that an error would lose
+            kept_without([*getattr(edited, "requests", ()), *requests], gone)
         if requests:
             edited = stack.enter_context(edited.edit(requests))
         if gone:

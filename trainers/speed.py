@@ -4,6 +4,7 @@ Seconds to make so many edits and to decode under them, memory, and accuracy. Of
 these are the paper's tables 4 and 5 and figure 3.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from trainers.provenance import command_line, hardware
 from trainers.workers import BASELINES, Specs, build, wanted_of
 from trainers.written import check_folder, write_json, write_text
 
+log = logging.getLogger(__name__)
 ENOUGH = 20.0  # seconds of encoding after which it is not repeated
 
 
@@ -154,8 +156,13 @@ def measure(
             with ExitStack() as stack:
                 spent.append(_encode(stack, editor, backbone, requests)[1])
         scores = {} if is_made_up else _accuracies(editor, backbone, requests, records, batch_size)
-    except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
-        return Measured(editor.name, len(requests), is_made_up, error=str(error).split("\n")[0])
+    except Exception as error:  # whatever one editor does, the others' rows go on
+        log.debug("%s failed", editor.name, exc_info=True)
+        told = str(error).split("\n")[0]
+        known = isinstance(error, (ValueError, NotImplementedError))
+        return Measured(
+            editor.name, len(requests), is_made_up, error=told if known else f"{type(error).__name__}: {told}"
+        )
     return Measured(
         editor.name,
         len(requests),

@@ -1,5 +1,6 @@
 """A user's own edits: what `trainers.edit` is to make true."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     return [_request(row, i, path) for i, row in enumerate(load_rows(path))]
 
 
-def _request(row: dict[str, Any], index: int, path: Path) -> EditRequest:
+def _request(row: Any, index: int, path: Path) -> EditRequest:
+    if not isinstance(row, Mapping):
+        raise MalformedRecord(f"{path}, row {index}: needs `prompt` and `target`, or `text`, got {row!r}")
     target = row.get("target", row.get("target_new", ""))
     values = {"prompt": row.get("prompt", ""), "target": target, "text": row.get("text"), "subject": row.get("subject")}
     wrong = [name for name, value in values.items() if value is not None and not isinstance(value, str)]

@@ -89,6 +89,7 @@ def test_requests_from_files(tmp_path: Path) -> None:
         ("e.jsonl", '{"prompt": "p", "target": "t"}\n{"prompt": "p"}\n', r"e\.jsonl, row 1: an edit needs"),
         ("e.json", '[{"prompt": 3, "target": "t"}]', r"row 0: field 'prompt' must be a string, got 3"),
         ("e.json", '[{"text": null}]', r"row 0: an edit needs"),
+        ("e.json", '["Lyon is in Japan."]', r"row 0: needs `prompt` and `target`, or `text`, got 'Lyon is in Japan\.'"),
     ],
 )
 def test_bad_files_of_requests_are_named(

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modules.backbone import BackboneConfig, load_backbone
+from modules.gist.editor import GistEdited
 from modules.uniedit import UNIEDIT_PROTOCOLS
 from trainers import edit as edit_command
 from trainers import evaluate as evaluate_command
@@ -80,6 +81,17 @@ def test_edit_reads_prompts_from_standard_input_and_keeps_a_pool(
     gone.write_text("Osaka is a city of Kenya.\n", encoding="utf-8")
     run(edit, [f"--editor={exported}", f"--pool={tmp_path / 'pool'}", f"--remove={gone}", "--prompt", '["Lyon is in"]'])
     assert "1 edits in the pool" in capsys.readouterr().err
+
+
+def test_an_edit_that_cannot_be_removed_is_named_before_others_are_made(
+    exported: Path, edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be lost."""
+    gone = tmp_path / "gone.txt"
+    gone.write_text("Osaka is a city of Keny.\n", encoding="utf-8")
+    monkeypatch.setattr(GistEdited, "edit", lambda *_: pytest.fail("edited"))
+    with pytest.raises(SystemExit, match=r"cannot be removed: 'Osaka is a city of Keny\.'"):
+        run(edit, [f"--editor={exported}", f"--edits={edits}", f"--remove={gone}"])
 
 
 NUDGE = {"class_path": "deltas.Nudge", "init_args": {"layers": [1]}}

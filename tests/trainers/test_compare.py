@@ -208,6 +208,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         compare([one], reference="ft")
     with pytest.raises(ValueError, match="give the files to compare"):
         compare([])
+    with pytest.raises(ValueError, match="--resamples must be at least 1, got 0"):
+        compare([one, one], resamples=0)
 
 
 def test_the_interval_is_a_bootstrap_of_pairs() -> None:

@@ -55,9 +55,13 @@ def _own() -> argparse.ArgumentParser:
 
 def _gpus(cli: TrainingCLI) -> int:
     trainer: Any = cli.config["trainer"]
+    devices = trainer["devices"]
     try:
-        return int(trainer["devices"]) * int(trainer["num_nodes"])
-    except ValueError:
+        count = len(devices) if isinstance(devices, list) else int(devices)
+        if count < 1:  # -1 is Lightning's for all there are
+            raise ValueError
+        return count * int(trainer["num_nodes"])
+    except (TypeError, ValueError):
         raise ValueError(f"trainer.devices is {trainer['devices']!r}: say how many with --gpus") from None
 
 

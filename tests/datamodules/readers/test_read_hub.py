@@ -9,7 +9,7 @@ from datamodules.readers import read
 from datamodules.readers.auto import detected
 from datamodules.readers.errors import DataError
 from datamodules.readers.hub import hub_rows
-from datamodules.sources import Source
+from datamodules.sources import Source, load
 
 datasets = pytest.importorskip("datasets")
 
@@ -76,3 +76,22 @@ def test_failures_name_the_data_set(saved, monkeypatch):
 def test_a_source_on_the_hub_is_no_local_file():
     assert Source("zsre", "hub:owner/name:train").located() is None
     assert not Path("hub:owner").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "path", "name", "options"),
+    [
+        ("knowedit", "hub:{}:rows.jsonl", "rows.jsonl", {}),
+        ("knowedit", "hub:{}:train", "train.jsonl", {}),
+        ("hub", "{}", "train.jsonl", {"subset": None, "split": "train", "edit": "target_new", "text": "prompt"}),
+    ],
+)
+def test_a_local_folder_that_changed_is_read_anew(tmp_path, format, path, name, options):
+    """Its rows are kept as Arrow, under what the folder's files are."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    source = Source(format, path.format(folder), options=options)
+    for count in (1, 2):
+        rows = [{"prompt": f"p {i}", "target_new": "t"} for i in range(count)]
+        (folder / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        assert len(load([source], cache_dir=str(tmp_path / "cache"))) == count
