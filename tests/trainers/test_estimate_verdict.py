@@ -104,7 +104,7 @@ def test_what_nothing_can_make_fit() -> None:
         (["--gpus=0", "--gpu=h100"], "--gpus must be"),
         (["--gpus=1", "--gpu=h100", "--gpu_memory=80"], "not both"),
         (["--gpu=h100", "--trainer.devices=auto"], "--gpus"),
-        (["--gpu=h100", "--trainer.devices=-1"], "trainer.devices is -1: say how many with --gpus"),
+        (["--gpu=h100", "--trainer.devices=-1"], "trainer.devices is '-1': say how many with --gpus"),
         (["--gpus=1", "--trainer.accelerator=gpu"], "--gpu NAME"),
         (["--gpus=1", "--gpu=h100", "--trainer.strategy=fsdp"], "trainer.strategy fsdp"),
         (["--gpus=1", "--gpu=h100", f"{MODEL}backbone.source=./nowhere"], "backbone './nowhere'"),

@@ -259,7 +259,7 @@ def test_modes_by_the_command(mode: list[str], wanted: dict[str, int], tmp_path:
     data = '[{"format": "facts", "options": {"split": "test"}, "limit": 6}]'
     given = [f"--backbone={backbone}", f"--data={data}", "--records=3", "--exact_match=false", f"--out={out}"]
     given += ["--queries_per_kind=2"]
-    command(evaluate_command.evaluate, ["--editor", str(nudge), "--singles=2", *given, *mode])
+    command(evaluate_command.evaluate, ["--editor", str(nudge), *given, *mode])
     report = json.loads(out.read_text())
     assert report["meta"]["mode"] in mode[0]
     assert report["meta"]["queries_per_kind"] == 2
