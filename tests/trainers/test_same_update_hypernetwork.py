@@ -8,8 +8,9 @@ from ranks import ONE, TWO, perform, together, zero
 
 METHODS = ["mend", "ibke"]
 STEPS = 8
-# where an element's gradients are hardly larger than Adam's usual 1e-8, the rounding of their sums decides its step
-EPS = "--model.init_args.optimizer.eps=1e-5"
+LR = 1e-4
+# where an element's gradients are no larger than Adam's usual 1e-8, the rounding of their sums decides its step
+EPS = "--model.init_args.optimizer.eps=1e-6"
 POOLS = ["--data.init_args.pool_rates=[2, 1, 1]"]  # of 2, 4 and 8 edits
 SINGLE = ["--data.init_args.pool_sizes=[1]", "--data.init_args.pool_rates=[1]"]
 # the backbone in shards, layers above the edited ones that are run again, validations between
@@ -49,8 +50,13 @@ def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], me
     assert two["losses"] == pytest.approx(expected, rel=1e-5)
     assert two["params"].keys() == one["params"].keys()
     assert not any("backbone" in name or "statistics" in name for name in one["params"])
+    # the backbone's shards come back to other places in memory, where products round otherwise (3e-7 of a loss). A gate
+    # of the hypernetwork (ReLU) that this carries over 0, some in a hundred, has another gradient, and its row other steps
+    flips = spread == "zero3-backbone"
     for name, tensor in one["params"].items():
-        torch.testing.assert_close(two["params"][name], tensor, rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        apart = (two["params"][name] - tensor).abs() - 1e-6 * tensor.abs()
+        assert float((apart > 1e-5).float().mean()) <= (0.02 if flips else 0), name
+        assert float(apart.max()) < (5 * LR if flips else 1e-5), name
     for name, tensor in one["buffers"].items():
         torch.testing.assert_close(
             two["buffers"][name], tensor, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
