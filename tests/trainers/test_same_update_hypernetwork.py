@@ -51,7 +51,7 @@ def test_losses_and_parameters_are_those_of_one_process(runs: dict[str, Any], me
     assert two["params"].keys() == one["params"].keys()
     assert not any("backbone" in name or "statistics" in name for name in one["params"])
     # the backbone's shards come back to other places in memory, where products round otherwise (3e-7 of a loss). A gate
-    # of the hypernetwork (ReLU) that this carries over 0, some in a hundred, has another gradient, and its row other steps
+    # of the hypernetwork (ReLU) that this carries over 0, some in a hundred, has another gradient, its row other steps
     flips = spread == "zero3-backbone"
     for name, tensor in one["params"].items():
         apart = (two["params"][name] - tensor).abs() - 1e-6 * tensor.abs()
