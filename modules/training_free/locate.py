@@ -20,8 +20,6 @@ from modules.training_free.held import Held
 from modules.training_free.subject import Row, evaluating, require_subjects, row, subject_states
 from modules.training_free.templates import Contexts
 
-KEYS = "keys."  # before a layer's name: the keys of the edits, in what is remembered
-
 
 def layer_numbers(backbone: Backbone, layers: Sequence[int | float]) -> list[int]:
     """Layers as numbers, in increasing order: given so (negative ones count from the last), or as parts of the depth.
