@@ -20,8 +20,8 @@ from trainers.ability_cells import UNEDITED, Asked, Cells, State
 from trainers.ability_earlier import go_on
 from trainers.ability_table import markdown, print_ability
 from trainers.editors import Chosen
-from trainers.evaluation_run import bar
 from trainers.made_of import of_model
+from trainers.progress import bar
 from trainers.report import Report, new_report
 from trainers.written import write_json, write_text
 

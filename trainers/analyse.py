@@ -4,7 +4,6 @@ The paper's figure 4: temperature by entropy alignment (a), the zero-gist by lay
 """
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.records import EditRecord
-from datamodules.sources import Source, load
+from datamodules.sources import Source
 from modules.export import load_editor, versions
 from modules.gist.analysis import profile
 from modules.gist.analysis_temperature import HOT, Aligned, Tokens, align
@@ -26,8 +24,9 @@ from modules.gist.pool import GistPool
 from trainers.callbacks.figures import layer_profile, token_trace
 from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
-from trainers.evaluation_run import bar
+from trainers.progress import bar
 from trainers.provenance import command_line
+from trainers.records import distinct
 from trainers.workers import device_named
 from trainers.written import check_folder, write_json
 
@@ -146,19 +145,6 @@ def facts_of(folder: str) -> dict[str, Any]:
         return json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def distinct(data: Sequence[Source], count: int, seed: int) -> list[EditRecord]:
-    """At most `count` records drawn by `seed`, no two with the same first edit."""
-    every = load(data)
-    order = random.Random(seed).sample(range(len(every)), len(every))
-    found: dict[str, EditRecord] = {}
-    for at in range(0, len(order), count):
-        for record in every.records(order[at : at + count]):
-            found.setdefault(record.request.statement, record)
-        if len(found) >= count:
-            break
-    return list(found.values())[:count]
 
 
 def _told(one: Traces) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from trainers.benchmark.grid import Benchmark, check_only, places
 from trainers.benchmark.run import records_of, run_benchmark
 from trainers.command import run
 from trainers.editors import Spec, TrainingFree
-from trainers.evaluation_run import drawn, meeting_conditions, run_evaluation
+from trainers.evaluation_run import run_evaluation
 from trainers.no_effect import refuse_beside_a_benchmark, refuse_beside_a_mode
 from trainers.protocols import Demonstrations, Judging, Protocol
+from trainers.records import drawn, meeting_conditions
 from trainers.retention import run_consecutive
 from trainers.workers import BASELINES, Specs, build, wanted_of
 from trainers.written import check_file, check_folder

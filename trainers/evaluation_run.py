@@ -1,24 +1,21 @@
 """Evaluate several editors at several pool sizes: a progress bar, a JSON file that a later call adds to, a table."""
 
 import logging
-import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, fewer_queries
+from modules.evaluation import Answers
 from modules.judging import evaluate_pools, split_pools
-from modules.protocols.conditions import have_conditions, without_failed_conditions
 from trainers import earlier
 from trainers.editors import Chosen
 from trainers.made_of import of_evaluation, of_facts
+from trainers.progress import bar
 from trainers.protocols import Judging
 from trainers.report import Report, add_evaluation, add_failure, cells, new_report
 from trainers.report_table import print_table
@@ -146,37 +143,6 @@ def _left(
     return [(editor, size) for editor, size in plan if (editor.name, size) not in done]
 
 
-def drawn(
-    records: Callable[[Sequence[int]], list[EditRecord]],
-    there_are: int,
-    count: int,
-    seed: int,
-    queries_per_kind: int | None = None,
-) -> list[EditRecord]:
-    """The records that an evaluation is on: `count` of all, or all where there are fewer. More of them begin with the
-    same ones.
-
-    Args:
-        records: gives those at some places.
-        seed: draws the records and their queries.
-        queries_per_kind: keep only so many rephrases, and locality and portability queries of each kind, of a record.
-
-    Raises:
-        ValueError: for a `queries_per_kind` below 1.
-    """
-    chosen = records(random.Random(seed).sample(range(there_are), there_are)[:count])  # a sample of few is of others
-    return chosen if queries_per_kind is None else [fewer_queries(r, queries_per_kind, seed) for r in chosen]
-
-
-def meeting_conditions(backbone: Backbone, records: list[EditRecord], batch_size: int = 32) -> list[EditRecord]:
-    """Without the questions whose conditions the unedited model does not meet (RippleEdits); most records have none."""
-    if not have_conditions(records):
-        return records
-    kept, lost = without_failed_conditions(Edited(backbone), records, batch_size)
-    log.warning("%d questions are left out: the unedited model does not know what they rest on", sum(lost))
-    return kept
-
-
 def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: Sequence[int]) -> None:
     """Refuse what cannot be evaluated, before any work."""
     if not editors or not records or not pool_sizes or min(pool_sizes) < 1:
@@ -187,10 +153,3 @@ def check(editors: Sequence[Editor], records: Sequence[EditRecord], pool_sizes: 
     names = [editor.name for editor in editors]
     if len(set(names)) < len(names):
         raise ValueError(f"editors need different names, since results are filed by name; got {', '.join(names)}")
-
-
-def bar(console: Console, enabled: bool) -> Progress:
-    """A progress bar, where the output is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    options: dict[str, Any] = {"transient": True, "speed_estimate_period": math.inf}  # a step may take minutes
-    return Progress(*columns, console=console, disable=not enabled or not console.is_terminal, **options)

@@ -25,8 +25,9 @@ from modules.modes import Checkpoint, consecutive, stops_of, work
 from trainers import earlier
 from trainers.callbacks.curves import retention
 from trainers.editors import Chosen
-from trainers.evaluation_run import bar, check
+from trainers.evaluation_run import check
 from trainers.made_of import of_evaluation, of_facts
+from trainers.progress import bar
 from trainers.protocols import Judging
 from trainers.report import Report, add_evaluation, add_failure, cells, new_report
 from trainers.report_table import print_table

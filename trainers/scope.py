@@ -16,7 +16,7 @@ from modules.training_free.hook_scores import Scored, hook_scores, texts_of
 from trainers.callbacks.scope_drawing import scope_figure
 from trainers.command import run
 from trainers.editors import Spec
-from trainers.evaluation_run import drawn
+from trainers.records import drawn
 from trainers.workers import Specs, build, wanted_of
 from trainers.written import check_file, write_json
 

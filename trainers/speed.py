@@ -24,12 +24,12 @@ from modules.editor import Edited, Editor
 from modules.export import versions
 from modules.meter import Meter, now
 from modules.speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
-from trainers.analyse import distinct
 from trainers.callbacks.speed_drawing import speed_figure
 from trainers.command import run
 from trainers.editors import Spec
-from trainers.evaluation_run import bar
+from trainers.progress import bar
 from trainers.provenance import command_line, hardware
+from trainers.records import distinct
 from trainers.workers import BASELINES, Specs, build, wanted_of
 from trainers.written import check_folder, write_json, write_text
 

@@ -94,7 +94,7 @@ def automatic_weight(width: int) -> float:
     """A weight of second moments that fits any model: f, the mean leverage of a layer's inputs.
 
     A single edit is inserted to the share g / (weight + g), g its key's leverage: a key that stands out no more than
-    the average input is changed by half of what it should. Published weights are about it, or a third or three times as large:
+    the average input is changed by half of what it should. Published weights are f, or some three times more or less:
     20,000 at f = 6,400 (GPT2-XL), 15,000 at 16,384 (GPT-J), at 14,336 (Llama-3-8B) and at 18,944 (Qwen2.5-7B).
     """
     return float(width)

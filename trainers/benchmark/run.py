@@ -34,8 +34,8 @@ from trainers.benchmark.settings import differences, of_other_settings
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.benchmark.work import ELSEWHERE, TAKEN, Ended, attempt, in_worker
 from trainers.editors import Chosen
-from trainers.evaluation_run import drawn, meeting_conditions
 from trainers.provenance import command_line
+from trainers.records import drawn, meeting_conditions
 from trainers.result_cache import code
 from trainers.workers import Specs, spread
 

@@ -22,8 +22,8 @@ from modules.training_free.known import known_as
 from trainers.callbacks.common import as_loaded, by_hand, gather, seed_all, trained_editor, untouched, writers
 from trainers.callbacks.curves import comparison
 from trainers.editors import TrainingFree, training_free
-from trainers.evaluation_run import meeting_conditions
 from trainers.made_of import of_facts, of_model
+from trainers.records import meeting_conditions
 from trainers.result_cache import ResultCache, code
 
 Pools = list[list[list[EditRecord]]]  # of each validation pool of this rank, the pools that it is split into

@@ -18,7 +18,7 @@ from modules.evaluation import Answers, evaluate
 from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.callbacks.common import trained_editor, untouched
 from trainers.columns import COLUMNS
-from trainers.evaluation_run import drawn, meeting_conditions
+from trainers.records import drawn, meeting_conditions
 from trainers.report import Report, add_evaluation, add_failure, new_report
 from trainers.report_table import print_table
 from trainers.written import write_json
