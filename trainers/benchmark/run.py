@@ -180,6 +180,7 @@ def _run(
                 style="red" if said not in ("", ELSEWHERE) else "",
                 highlight=False,
                 markup=False,
+                soft_wrap=True,
             )
     if ended < len(left):
         console.print(
