@@ -176,7 +176,7 @@ def _run(
                 kept = files.write(cell, backbone, found.result)
                 said = found.result.get("error") or ("" if kept else TAKEN)
             console.print(
-                f"[{ended}/{len(left)}] {cell.name}{_clock(shown.tasks[0])}" + (f": {said}" if said else ""),
+                f"[{ended}/{len(left)}]{_clock(shown.tasks[0])} {cell.name}" + (f": {said}" if said else ""),
                 style="red" if said not in ("", ELSEWHERE) else "",
                 highlight=False,
                 markup=False,
