@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def _kinds(cells: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> list[tup
     criterion: the parts of the metrics that are shown."""
     parts = {metric: metric.split("/") for metric in sorted({metric for metrics in cells for metric in metrics})}
     found = [(m, p) for m, p in parts.items() if len(p) == 3 and f"{p[0]}/{p[2]}" in shown]
-    return [(metric, f"{where}: {kind.replace('_', ' ')}") for metric, (where, kind, _) in found]
+    several = Counter(where for _, (where, _, _) in found)  # the only kind is the whole
+    return [(m, f"{where}: {kind.replace('_', ' ')}") for m, (where, kind, _) in found if several[where] > 1]
 
 
 def _title(group: Group) -> str:
