@@ -53,6 +53,7 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _LLAMA = Parts("model.layers", "self_attn", "k_proj", "mlp.down_proj", "model.norm", _GATED)
 PARTS: dict[str, Parts] = {
     "llama": _LLAMA,
+    "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": Parts("model.layers", "self_attn", "k_norm", "mlp.down_proj", "model.norm", _GATED),
     "gpt2": Parts(

@@ -23,6 +23,7 @@ _LLAMA = {
 _GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.2, "n_positions": 256}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
+    "mistral": _LLAMA,
     "qwen2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
     "qwen3": _LLAMA,
     "gpt2": _GPT,

@@ -14,13 +14,15 @@ class Size(NamedTuple):
     intermediate_size: int
 
 
-# a model of the same architecture and size, such as a fine-tuned one, takes the same values; by the width of the MLP
-# Llama 3 8B is told from Llama 2 7B, whose values they are not
+# a model of the same architecture and size, such as a fine-tuned one, takes the same values; Llama 2 7B and Llama 3 8B
+# differ in the width of the MLP alone
 KNOWN: dict[str, Size] = {
     "gpt2-xl": Size("gpt2", 48, 1600, 6400),
     "gpt-j-6b": Size("gptj", 28, 4096, 16384),
     "gpt-neox-20b": Size("gpt_neox", 44, 6144, 24576),
     "llama-3.2-1b": Size("llama", 16, 2048, 8192),
+    "llama-2-7b": Size("llama", 32, 4096, 11008),
+    "mistral-7b": Size("mistral", 32, 4096, 14336),
     "llama-3-8b": Size("llama", 32, 4096, 14336),
     "qwen2.5-7b": Size("qwen2", 28, 3584, 18944),
     "qwen3-1.7b": Size("qwen3", 28, 2048, 6144),

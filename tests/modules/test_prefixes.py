@@ -166,9 +166,11 @@ def test_recurrent_layers_share_nothing() -> None:
     assert not can_share(Qwen3NextConfig(num_hidden_layers=4))
 
 
-def test_a_window_that_slides_reads_on_after_a_context_longer_than_it(tiny: Callable[..., Backbone]) -> None:
-    backbone = tiny("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None)
-    assert "sliding_attention" in backbone.model.config.layer_types
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+def test_a_window_that_slides_reads_on_after_a_context_longer_than_it(tiny: Callable[..., Backbone], kind: str) -> None:
+    some = {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None} if kind == "qwen3" else {}
+    backbone = tiny(kind, sliding_window=16, **some)
+    assert kind == "mistral" or "sliding_attention" in backbone.model.config.layer_types
     together = Edited(backbone).score(PROMPTS, TARGETS[: len(PROMPTS)])
     behind = Edited(backbone, context=SHOTS).score(PROMPTS[6:7], TARGETS[6:7])
     for prompt, target, score in zip(PROMPTS, TARGETS, together, strict=False):

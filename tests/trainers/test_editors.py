@@ -58,7 +58,7 @@ def test_a_model_is_known_by_its_sizes(tiny: Callable[..., Backbone], monkeypatc
     assert known_as(backbone) is None
     monkeypatch.setitem(known.KNOWN, "gpt2-xl", Size("gpt2", 4, 32, 128))
     assert known_as(backbone) == "gpt2-xl"
-    assert known_as(tiny("gpt2", n_inner=48)) is None  # as Llama 2 7B is not Llama 3 8B
+    assert known_as(tiny("gpt2", n_inner=48)) is None  # as Llama 2 7B and Llama 3 8B are two, which differ in this
     assert known_as(tiny("gptj")) is None
     assert len(set(KNOWN.values())) == len(KNOWN)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.records import EditRecord, EditRequest
-from modules.backbone import Backbone
+from modules.backbone import PARTS, Backbone
 from modules.editor import Edited
 from modules.training_free import FTEAC, FTL, FTM, GRACE, KN, LoRA, TPatcher
 from modules.training_free.ft import ElasticNet
 
-KINDS = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"]
+KINDS = sorted(PARTS)
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
 EDITORS: dict[str, Any] = {
     "ft_l": FTL(steps=5, lr=5e-3),

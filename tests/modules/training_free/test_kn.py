@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from datamodules.records import EditRecord, EditRequest
-from modules.backbone import Backbone
+from modules.backbone import PARTS, Backbone
 from modules.interventions import linear
 from modules.training_free import kn
 from modules.training_free.kn import KN, attributions
 
-KINDS = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"]
+KINDS = sorted(PARTS)
 
 
 @pytest.fixture

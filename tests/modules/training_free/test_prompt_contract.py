@@ -10,6 +10,7 @@ from bag_of_words import BagOfWords, training_edit, written
 from torch import Tensor, nn
 
 from datamodules.records import EditRecord, EditRequest
+from modules.backbone import PARTS
 from modules.editor import Edited, TargetScore
 from modules.evaluation import evaluate
 from modules.modes import consecutive
@@ -18,7 +19,7 @@ from modules.training_free import FTL, IKE, MIKE, RAG, MeLLo
 from modules.training_free.mello import FACT, FINAL, QUESTION
 
 NAMES = ["mike", "ike", "rag", "mello"]
-KINDS = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"]
+KINDS = sorted(PARTS)
 PROMPTS, TARGETS = ["City A is in", "Who?", "City B lies in"], ["Land 0", "me", "Peru"]
 SHOT = f"{QUESTION} a\nSubquestion: b\n{FACT} c\n{FINAL} d"
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.records import EditRecord, EditRequest
-from modules.backbone import Backbone
+from modules.backbone import PARTS, Backbone
 from modules.editor import Edited
 from modules.training_free.neurons import Neurons, Queries, look, losses
 from modules.training_free.shared import encode_targets
 from modules.training_free.t_patcher import Patched, TPatcher
 
-KINDS = ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj"]
+KINDS = sorted(PARTS)
 
 
 @pytest.fixture

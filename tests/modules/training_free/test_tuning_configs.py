@@ -17,6 +17,8 @@ BACKBONES = {
     "gpt-j-6b",
     "gpt-neox-20b",
     "llama-3.2-1b",
+    "llama-2-7b",
+    "mistral-7b",
     "llama-3-8b",
     "qwen2.5-7b",
     "qwen3-1.7b",
