@@ -15,6 +15,7 @@ from trainers.callbacks.figures import blank, open_axes
 
 # what generality and locality are called, by protocol
 TRADE = (("generality/", "counterfact/PS", "zsre/paraphrase"), ("locality/", "counterfact/NS", "zsre/specificity"))
+IN_WORDS = {"PS": "rephrases, PS", "NS": "neighbours, NS"}
 
 
 def write_figures(results: Sequence[Result], folder: Path) -> None:
@@ -92,19 +93,31 @@ def trade(results: Sequence[Result]) -> Figure | None:
             groups.setdefault(group_of(result, point["edits"]), []).append((result["editor"], general[1], local[1]))
     if not groups:
         return None
-    figure = blank(3.2 * len(groups), 3.8)
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    figure = blank(3.6 * len(groups), 4.6)
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     look = _looks(results)
     for axes, (group, found) in zip(panels, groups.items(), strict=True):
         alike = (other for other in groups if (other.mode, other.edits) == (group.mode, group.edits))
         title = f"{group.edits}, {group.mode}" + apart(group, alike)
         for editor, generality, locality in found:
             colour, marker = look[editor]
-            axes.plot([generality], [locality], marker, color=colour, label=editor, markersize=7)
-        axes.set(title=title, xlabel=names[0], ylabel=names[1], xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+            axes.plot(
+                [generality], [locality], marker, color=colour, label=editor, markersize=7.5, markeredgecolor="white"
+            )
+        axes.set(title=title, xlabel=IN_WORDS.get(names[0], names[0]))
         open_axes(axes)
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    every = [at for found in groups.values() for at in found]
+    panels[0].set(ylabel=IN_WORDS.get(names[1], names[1]))
+    panels[0].set(xlim=_around([x for _, x, _ in every]), ylim=_around([y for *_, y in every]))
     legend(figure, panels[0])
     return figure
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """From a little below the least of these shares to a little above the largest."""
+    room = 0.06 * max(0.1, max(values) - min(values))
+    return max(-0.03, min(values) - room), min(1.03, max(values) + room)
 
 
 def cost(results: Sequence[Result]) -> Figure | None:

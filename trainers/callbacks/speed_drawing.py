@@ -75,7 +75,7 @@ def _bars(rows: Sequence[Measured]) -> Figure:
     names = [r.editor for r in rows]
     for axes, (title, logarithmic, what, unit) in zip(panels, BARS, strict=True):
         lengths = [unit * (getattr(r, what) or 0.0) for r in rows]
-        axes.barh(names, lengths, color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))], height=0.65)
+        axes.barh(names, lengths, color=COLOURS[1], height=0.65)
         for y, row in enumerate(rows):
             if getattr(row, what) is None:
                 where = axes.get_yaxis_transform()  # the left edge, whatever the scale

@@ -290,7 +290,7 @@ def test_single_edits_begin_the_curve_of_batches() -> None:
 @pytest.mark.parametrize(
     ("general", "local", "titles"),
     [
-        ("counterfact/PS", "counterfact/NS", ("PS", "NS")),
+        ("counterfact/PS", "counterfact/NS", ("rephrases, PS", "neighbours, NS")),
         ("zsre/paraphrase", "zsre/specificity", ("Paraphrase", "Spec")),
     ],
 )
