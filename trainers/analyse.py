@@ -21,9 +21,9 @@ from modules.gist.analysis_temperature import HOT, Aligned, Tokens, align
 from modules.gist.analysis_traces import Place, Traces, by_answer_token, by_place, traces
 from modules.gist.editor import GistEdited, GistEditor
 from modules.gist.pool import GistPool
-from trainers.callbacks.figures import layer_profile, token_trace
-from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
+from trainers.drawing.selection import layer_profile, place_figure, token_trace
+from trainers.drawing.temperature import temperature_figure
 from trainers.progress import bar
 from trainers.provenance import command_line
 from trainers.records import distinct

@@ -23,7 +23,7 @@ from modules.editor import Edited
 from modules.evaluation import Answers
 from modules.modes import Checkpoint, consecutive, stops_of, work
 from trainers import earlier
-from trainers.callbacks.curves import retention
+from trainers.drawing.curves import retention
 from trainers.editors import Chosen
 from trainers.evaluation_run import check
 from trainers.made_of import of_evaluation, of_facts

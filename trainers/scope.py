@@ -13,8 +13,8 @@ from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig
 from modules.training_free.coachhook import CoachHook
 from modules.training_free.hook_scores import Scored, hook_scores, texts_of
-from trainers.callbacks.scope_drawing import scope_figure
 from trainers.command import run
+from trainers.drawing.scope import scope_figure
 from trainers.editors import Spec
 from trainers.records import drawn
 from trainers.workers import Specs, build, wanted_of

@@ -24,8 +24,8 @@ from modules.editor import Edited, Editor
 from modules.export import versions
 from modules.meter import Meter, now
 from modules.speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
-from trainers.callbacks.speed_drawing import speed_figure
 from trainers.command import run
+from trainers.drawing.speed import speed_figure
 from trainers.editors import Spec
 from trainers.progress import bar
 from trainers.provenance import command_line, hardware

@@ -1,4 +1,4 @@
-"""`python -m trainers.analyse` on exports of random models, and its figures."""
+"""`python -m trainers.analyse` on exports of random models."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,8 @@ from gist_exports import DATA, SHAPE, export_gists
 
 from modules.backbone import BackboneConfig
 from modules.export import export
-from modules.gist.analysis_temperature import Aligned
-from modules.gist.analysis_traces import Place
 from modules.trained.mend import MEND
 from trainers.analyse import analyse, trained_on
-from trainers.callbacks.gist_drawing import place_figure, temperature_figure
 from trainers.command import run
 
 
@@ -104,45 +101,3 @@ def test_the_pools_of_training(exported: Path, tmp_path: Path) -> None:
     assert trained_on(str(tmp_path)) == 1
     (tmp_path / "editor.json").write_text("{}")
     assert trained_on(str(tmp_path)) == 1
-
-
-def test_temperature_figure() -> None:
-    found = [
-        Aligned(1, [0.5, 0.7], [1.0, 1.0], 1.0, None, 9),
-        Aligned(10, [1.0, 1.6], [None, 0.6], 0.7, [0.5, 0.9], 9),
-        Aligned(100, [2.0, 2.4], [0.5, 0.4], 0.45, [0.6, 0.6], 9),
-    ]
-    temperatures, entropies = temperature_figure(found, reference=1, configured=0.3).axes
-    first, second, all_layers, level = temperatures.lines
-    assert list(first.get_xdata()) == [1, 10, 100]
-    assert [repr(float(y)) for y in first.get_ydata()] == ["1.0", "nan", "0.5"]  # a gap where no temperature would do
-    assert list(second.get_ydata()) == [1.0, 0.6, 0.4]
-    assert list(all_layers.get_ydata()) == [1.0, 0.7, 0.45]
-    assert list(level.get_ydata()) == [0.3, 0.3]
-    now, then, goal = entropies.lines
-    assert list(now.get_ydata()) == pytest.approx([0.6, 1.3, 2.2])
-    assert (list(then.get_xdata()), list(then.get_ydata())) == ([10, 100], pytest.approx([0.7, 0.6]))
-    assert list(goal.get_ydata()) == pytest.approx([0.6, 0.6])
-    assert temperatures.get_xlabel() == "edits in the pool"
-
-
-def test_one_choice_for_all_layers_is_one_line() -> None:
-    found = [Aligned(n, [0.5], [1.0], 1.0, None, 9) for n in (1, 5)]
-    temperatures, entropies = temperature_figure(found, 1, 0.45).axes
-    assert str(temperatures.lines[0].get_label()).startswith("aligned")
-    assert len(temperatures.lines) == len(entropies.lines) == 2  # pools without a temperature have no entropy with it
-
-
-def test_place_figure() -> None:
-    right = [Place(-1, 8, 0.9, 0.1, 0.5), Place(0, 8, 0.2, 0.7, 0.6)]
-    wrong = [Place(0, 3, 0.6, 0.2, 1.1), Place(1, 2, 0.5, 0.3, 1.2)]
-    figure = place_figure(right, wrong, 100)
-    drawn = {a.get_title(): [line for line in a.lines if len(line.get_xdata())] for a in figure.axes}
-    golden, zero, entropy = drawn.values()
-    assert [list(line.get_ydata()) for line in golden] == [[0.1, 0.7], [0.2, 0.3]]
-    assert [list(line.get_ydata()) for line in zero] == [[0.9, 0.2], [0.6, 0.5]]
-    assert [list(line.get_ydata()) for line in entropy] == [[0.5, 0.6], [1.1, 1.2]]
-    assert [list(line.get_xdata()) for line in golden] == [[-1, 0], [0, 1]]
-    texts = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert texts == ["answered right (8 queries)", "answered wrong (3 queries)"]
-    assert len(place_figure(right, [], 100).legends[0].get_texts()) == 1

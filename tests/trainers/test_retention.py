@@ -18,8 +18,8 @@ from modules.training_free.icl import InContext, Unedited
 from trainers import earlier
 from trainers import evaluate as evaluate_command
 from trainers import retention as module
-from trainers.callbacks import curves
 from trainers.command import run as command
+from trainers.drawing import curves
 from trainers.editors import Chosen
 from trainers.protocols import Judging
 from trainers.retention import run_consecutive

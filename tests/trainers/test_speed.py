@@ -1,14 +1,12 @@
-"""`python -m trainers.speed` on an export of a random model and on training-free editors, and its figure."""
+"""`python -m trainers.speed` on an export of a random model and on training-free editors."""
 
 import json
 from pathlib import Path
 
 import pytest
 from gist_exports import DATA, SHAPE, export_gists
+from speed_rows import ROWS
 
-from modules.speed import Measured
-from trainers.callbacks.figures import GOLDEN
-from trainers.callbacks.speed_drawing import speed_figure
 from trainers.command import run
 from trainers.speed import markdown, speed
 
@@ -80,40 +78,9 @@ def test_speed_says_what_is_wrong(exported: Path, more: list[str], message: str)
         run(speed, [f"--editor={exported}", DATA, *more])
 
 
-ROWS = [
-    Measured("incomes", 100, False, 0.5, 0.02, 0.01, 2**20, 3 * 2**20, 0.9, 0.8),
-    Measured("icl", 100, False, 2.0, 0.04, 0.02, 2**25, 2**26, 0.5, 0.25),
-    Measured("unedited", 100, False, 0.001, 0.02, 0.005, 0, 0, 0.1, 0.1),
-    Measured("incomes", 10000, True, 60.0, 0.03, 0.015, 100 * 2**20, 2**30),
-    Measured("icl", 10000, True, error="icl: no room"),
-]
-
-
 def test_speed_table() -> None:
     lines = markdown(ROWS).splitlines()
     assert lines[2] == "| incomes | 100 | 0.500 | 5.00 | 20.0 | 10.0 | 1.0 | 3 | 90.0 | 80.0 |"
     assert lines[5] == "| incomes | 10,000* | 60.000 | 6.00 | 30.0 | 15.0 | 100.0 | 1,024 | - | - |"
     assert lines[6] == "| icl | 10,000* | - | - | - | - | - | - | - | - |"
     assert lines[-1] == "icl, 10000 edits: icl: no room"
-
-
-def test_speed_figure() -> None:
-    encoding, token, kept, accuracy = speed_figure(ROWS).axes
-    values = {line.get_label(): list(line.get_ydata()) for line in encoding.lines}
-    assert values["incomes"] == [0.5, 60.0]
-    assert values["icl"] == [2.0]
-    stopped = next(line for line in encoding.lines if line.get_label() == "icl: could not")
-    assert list(stopped.get_xdata()) == [10000, 10000]
-    assert stopped.get_color() != GOLDEN
-    assert list(token.lines[0].get_ydata()) == [10.0, 15.0]
-    assert encoding.get_yscale() == kept.get_yscale() == "log"
-    assert list(kept.lines[-1].get_ydata()) == []  # nothing kept has no place on a logarithmic axis
-    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[0.9], [0.8]]
-
-
-def test_speed_figure_of_one_number_of_edits() -> None:
-    axes = speed_figure([*ROWS[:3], Measured("kn", 100, False, error="no")]).axes
-    assert [panel.get_title() for panel in axes[:2]] == ["encoding, seconds", "prompt, ms"]
-    assert [bar.get_width() for bar in axes[1].patches] == [20.0, 40.0, 20.0, 0.0]
-    assert [text.get_text() for text in axes[1].texts] == [" -"]
-    assert axes[0].get_xscale() == "log"

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from modules.metrics import from_file
 from trainers.benchmark.groups import Group, Result, apart, group_of
 from trainers.benchmark.tables import edit_mib, keeps_values, metrics_of, points, seconds_per_edit
-from trainers.callbacks.curves import COLOURS, DASHES, MARKERS, legend, limits, over_edits
-from trainers.callbacks.figures import blank, open_axes
+from trainers.drawing.curves import limits
+from trainers.drawing.style import COLOURS, DASHES, MARKERS, blank, legend, open_axes, over_edits
 
 # what generality and locality are called, by protocol
 TRADE = (("generality/", "counterfact/PS", "zsre/paraphrase"), ("locality/", "counterfact/NS", "zsre/specificity"))

@@ -20,7 +20,7 @@ from modules.metrics import summarise
 from modules.protocols.conditions import have_conditions
 from modules.training_free.known import known_as
 from trainers.callbacks.common import as_loaded, by_hand, gather, seed_all, trained_editor, untouched, writers
-from trainers.callbacks.curves import comparison
+from trainers.drawing.curves import comparison
 from trainers.editors import TrainingFree, training_free
 from trainers.made_of import of_facts, of_model
 from trainers.records import meeting_conditions

@@ -11,8 +11,8 @@ from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from modules.gradients import gradient_factors
 from modules.trained.ibke import IBKE, IbkeNetwork
-from trainers.callbacks.bottleneck_drawing import latents_by_relation, token_scales
 from trainers.callbacks.common import untouched, validation_records, writers
+from trainers.drawing.bottleneck import latents_by_relation, token_scales
 
 CHUNK = 16  # edits of one pass
 ACTIVE = 0.01  # variance over edits from which a unit counts as active (Burda et al., arXiv 1509.00519)

@@ -7,7 +7,7 @@ import lightning as L
 from modules.gist.analysis import Profile, Selection, in_and_out_of_scope, profile, right_and_wrong
 from modules.gist.editor import GistEdited, GistEditor
 from trainers.callbacks.common import trained_editor, untouched, validation_records, writers
-from trainers.callbacks.figures import heat_map, layer_profile, token_trace
+from trainers.drawing.selection import heat_map, layer_profile, token_trace
 
 
 class SelectionFigures(L.Callback):

@@ -6,7 +6,7 @@ import pytest
 from callback_runs import everything, fit
 
 from trainers.callbacks import selection_figures
-from trainers.callbacks.figures import heat_map
+from trainers.drawing.selection import heat_map
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The figures of `trainers.analyse`: values in, a matplotlib Figure out (see figures.py)."""
+"""The temperature at which InComeS selects among many edits as among few (figure 4a)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from modules.gist.analysis_temperature import Aligned
-from modules.gist.analysis_traces import Place
-from trainers.callbacks.curves import legend, over_edits
-from trainers.callbacks.figures import GOLDEN, OTHER, ZERO, blank, open_axes
+from trainers.drawing.style import GOLDEN, OTHER, ZERO, blank, over_edits
 
 ALL = "aligned, one for all layers"
 
@@ -51,36 +49,6 @@ def temperature_figure(found: Sequence[Aligned], reference: int, configured: flo
         fontsize=8,
     )
     figure.suptitle("Temperature by entropy alignment", fontsize=10)
-    return figure
-
-
-def place_figure(right: Sequence[Place], wrong: Sequence[Place], edits: int) -> Figure:
-    """Golden-gist and zero-gist probability and entropy along queries that are answered rightly and wrongly, places
-    counted from the answer (figure 4c, 4d)."""
-    figure = blank(10, 3.6)
-    panels: Any = figure.subplots(1, 3)
-    drawn = [(name, p) for name, p in (("answered right", right), ("answered wrong", wrong)) if p]
-    names = {
-        "golden": ("reads the right edit", "probability of the golden gist", GOLDEN),
-        "zero": ("reads nothing", "probability of the zero-gist", ZERO),
-        "entropy": ("undecided", "entropy of the choice [nats]", OTHER),
-    }
-    for axes, (what, (title, label, colour)) in zip(panels, names.items(), strict=True):
-        for name, places in drawn:
-            queries = max(p.queries for p in places)
-            style = "o-" if name == "answered right" else "s--"
-            values = [getattr(p, what) for p in places]
-            axes.plot([p.at for p in places], values, style, color=colour, markersize=2.5, linewidth=1.4)
-            axes.plot([], [], style, color="black", markersize=3.5, linewidth=1.4, label=f"{name} ({queries} queries)")
-        last = max(p.at for _, places in drawn for p in places)
-        axes.axvspan(-0.5, last + 0.5, color="#EEEEEE", zorder=0, linewidth=0)
-        axes.set(title=title, ylabel=label, xlabel="place")
-        axes.set_ylim(-0.03, 1.03) if what != "entropy" else axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        open_axes(axes)
-    legend(figure, panels[0])
-    counted = "places counted from the first token that predicts the answer (grey: all that do); means over layers"
-    figure.suptitle(f"What tokens select along a query, pools of {edits} edits\n{counted}", fontsize=9)
     return figure
 
 

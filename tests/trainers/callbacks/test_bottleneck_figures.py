@@ -1,4 +1,4 @@
-"""What BottleneckFigures logs: its numbers against the bottlenecks themselves, its figures, the projector's files."""
+"""What BottleneckFigures logs: its numbers against the bottlenecks themselves, the projector's files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from modules.gradients import gradient_factors
 from modules.hypernetwork.batch import encode_edit, padded
 from modules.trained.ibke import IBKE, IbkeConfig, IbkeLayers
 from modules.trained.mend import MEND
-from trainers.callbacks.bottleneck_drawing import latents_by_relation, token_scales
 from trainers.callbacks.bottleneck_figures import BottleneckFigures, SeenEdit, look, principal, scalars
 
 
@@ -75,24 +74,6 @@ def test_principal_components_keep_distances() -> None:
     points = torch.randn(6, 20)
     torch.testing.assert_close(torch.cdist(principal(points, 50), principal(points, 50)), torch.cdist(points, points))
     assert principal(points, 2).shape == (6, 2)
-
-
-def test_figures() -> None:
-    scale = {"1": torch.tensor([0.0, 0.5]), "2": torch.tensor([1.0, float("nan")])}
-    figure = token_scales([(["Lyon", " $is_"], scale)] * 3)
-    panel = figure.axes[0]
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["Lyon", "$is_"]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["1", "2"]
-    shown = panel.images[0].get_array()
-    assert shown[:, 0].tolist() == [0.0, 1.0]
-    assert panel.images[0].get_clim() == (0, 1)
-    relations = [f"relation {i}" for i in range(9)] + ["relation 0"]
-    figure = latents_by_relation({"1": torch.randn(10, 5), "2": torch.randn(10, 5)}, relations)
-    groups = figure.axes[0].collections
-    assert [len(g.get_offsets()) for g in groups] == [2, 1, 1, 1, 1, 1, 1, 1, 1]  # type: ignore[arg-type]
-    assert groups[-1].get_label() == "others"
-    for drawn in (token_scales([(["a", "b"], scale)]), figure):
-        drawn.canvas.draw()
 
 
 def test_what_lies_in_the_run_folder(module: IBKE, records: list[EditRecord], tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Figures of what tokens select among gists (InComeS, figure 4): tensors and labels in, a matplotlib Figure out.
 
-Nothing here knows of a run, and pyplot's global state is not used. L layers (1 where all share one choice), T tokens,
-N edits; the zero-gist is the last choice. Colours are of the Okabe-Ito palette, which the colour-blind can tell apart.
+L layers (1 where all share one choice), T tokens, N edits; the zero-gist is the last choice.
 """
 
 import math
@@ -13,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from modules.gist.analysis import Profile, Selection
+from modules.gist.analysis_traces import Place
+from trainers.drawing.style import GOLDEN, OTHER, ZERO, blank, legend, open_axes, shorten
 
-GOLDEN, ZERO, OTHER = "#D55E00", "#0072B2", "#666666"
 CHOICES = "Blues"  # one hue from light to dark
 MOST_TOKENS = 40  # rows of a heat map; of a longer query the last ones, where the answer is
 
@@ -126,15 +126,34 @@ def token_trace(selections: Sequence[Selection]) -> Figure:
     return figure
 
 
-def shorten(text: str, most: int) -> str:
-    """The text in one line, cut to `most` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
-
-
-def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+def place_figure(right: Sequence[Place], wrong: Sequence[Place], edits: int) -> Figure:
+    """Golden-gist and zero-gist probability and entropy along queries that are answered rightly and wrongly, places
+    counted from the answer (figure 4c, 4d)."""
+    figure = blank(10, 3.6)
+    panels: Any = figure.subplots(1, 3)
+    drawn = [(name, p) for name, p in (("answered right", right), ("answered wrong", wrong)) if p]
+    names = {
+        "golden": ("reads the right edit", "probability of the golden gist", GOLDEN),
+        "zero": ("reads nothing", "probability of the zero-gist", ZERO),
+        "entropy": ("undecided", "entropy of the choice [nats]", OTHER),
+    }
+    for axes, (what, (title, label, colour)) in zip(panels, names.items(), strict=True):
+        for name, places in drawn:
+            queries = max(p.queries for p in places)
+            style = "o-" if name == "answered right" else "s--"
+            values = [getattr(p, what) for p in places]
+            axes.plot([p.at for p in places], values, style, color=colour, markersize=2.5, linewidth=1.4)
+            axes.plot([], [], style, color="black", markersize=3.5, linewidth=1.4, label=f"{name} ({queries} queries)")
+        last = max(p.at for _, places in drawn for p in places)
+        axes.axvspan(-0.5, last + 0.5, color="#EEEEEE", zorder=0, linewidth=0)
+        axes.set(title=title, ylabel=label, xlabel="place")
+        axes.set_ylim(-0.03, 1.03) if what != "entropy" else axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        open_axes(axes)
+    legend(figure, panels[0])
+    counted = "places counted from the first token that predicts the answer (grey: all that do); means over layers"
+    figure.suptitle(f"What tokens select along a query, pools of {edits} edits\n{counted}", fontsize=9)
+    return figure
 
 
 def _title(selection: Selection, most: int = 100) -> str:
@@ -164,10 +183,3 @@ def _emphasise(labels: Sequence[Any], colours: dict[Any, str]) -> None:
     for i, label in enumerate(labels):
         if i in colours:
             label.set(fontweight="bold", color=colours[i])
-
-
-def open_axes(axes: Axes) -> None:
-    """Axes without a box, with a faint grid."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)

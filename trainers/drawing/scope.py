@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from modules.training_free.hook_scores import Scored
-from trainers.callbacks.figures import GOLDEN, OTHER, ZERO, blank, open_axes
+from trainers.drawing.style import GOLDEN, OTHER, ZERO, blank, open_axes
 
 COLOURS = {"reliability": ZERO, "generality": "#009E73", "locality": GOLDEN}
 WHAT = {

@@ -1,6 +1,6 @@
 """Figures that compare editors: what is retained over the number of edits, and a trained editor beside others.
 
-Values in, a matplotlib Figure out; nothing here knows of a run. Colours and style are those of figures.py.
+Values in, a matplotlib Figure out; nothing here knows of a run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,10 @@ from matplotlib.figure import Figure
 
 from modules.fluency import FLUENCY
 from modules.metrics import from_file
-from trainers.callbacks.figures import GOLDEN, ZERO, blank, open_axes
 from trainers.columns import COLUMNS
+from trainers.drawing.style import COLOURS, DASHES, MARKERS, blank, legend, open_axes, over_edits
 from trainers.report import Report
 
-# Okabe-Ito again, then the same with other markers, or dashes where there are none
-COLOURS = (GOLDEN, ZERO, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
 METRICS = tuple((metric, title) for metric, title, _ in COLUMNS if not metric.endswith("/exact_match"))
 
 
@@ -93,6 +89,13 @@ def comparison(
     return figure
 
 
+def limits(metric: str) -> tuple[float, float | None]:
+    """Of a metric's axis: shares are from 0 to 1, CounterFact's magnitudes are differences, fluency is in bits."""
+    if metric == FLUENCY:
+        return 0, None
+    return (-1.03 if metric.startswith("counterfact/") and metric.endswith("M") else -0.03), 1.03
+
+
 def _growth(norms: Mapping[str, Mapping[str, float]]) -> float:
     """Of all edited matrices together, relative to the unedited ones."""
     before, after = (sum(from_file(n[what]) for n in norms.values()) for what in ("unedited", "edited"))
@@ -104,28 +107,3 @@ def _line(
 ) -> None:
     colour, marker = look[name]
     axes.plot(at, values, marker=marker, color=colour, label=name, markersize=3.5, linewidth=1.4)
-
-
-def limits(metric: str) -> tuple[float, float | None]:
-    """Of a metric's axis: shares are from 0 to 1, CounterFact's magnitudes are differences, fluency is in bits."""
-    if metric == FLUENCY:
-        return 0, None
-    return (-1.03 if metric.startswith("counterfact/") and metric.endswith("M") else -0.03), 1.03
-
-
-def over_edits(axes: Axes, stops: Sequence[int]) -> None:
-    """A logarithmic axis of numbers of edits, these marked as far as there is room."""
-    axes.set_xscale("log")
-    apart = [n for i, n in enumerate(stops) if not i or n >= 1.5 * stops[i - 1] or n == stops[-1]]
-    axes.set_xticks(apart, [str(n) for n in apart])
-    axes.minorticks_off()
-    axes.set_xlabel("edits so far")
-    open_axes(axes)
-
-
-def legend(figure: Figure, axes: Axes) -> None:
-    """A legend of these axes below the figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    for text in legend.get_texts():
-        text.set_parse_math(False)

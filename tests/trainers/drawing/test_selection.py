@@ -10,7 +10,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from modules.gist.analysis import Selection, profile
-from trainers.callbacks.figures import GOLDEN, MOST_TOKENS, heat_map, layer_profile, token_trace
+from modules.gist.analysis_traces import Place
+from trainers.drawing.selection import MOST_TOKENS, heat_map, layer_profile, place_figure, token_trace
+from trainers.drawing.style import GOLDEN
 
 EDITS = ["Lyon", "a subject with a very long name", "$x_1$"]
 
@@ -125,6 +127,21 @@ def test_token_trace_is_the_mean_over_layers():
     grounds = [p for p in above.patches if p.get_facecolor() == to_rgba("#EEEEEE")]
     assert [(p.get_x(), p.get_width()) for p in grounds] == [(2.5, 2)]
     assert len(token_trace([right]).axes) == 2
+
+
+def test_place_figure() -> None:
+    right = [Place(-1, 8, 0.9, 0.1, 0.5), Place(0, 8, 0.2, 0.7, 0.6)]
+    wrong = [Place(0, 3, 0.6, 0.2, 1.1), Place(1, 2, 0.5, 0.3, 1.2)]
+    figure = place_figure(right, wrong, 100)
+    drawn = {a.get_title(): [line for line in a.lines if len(line.get_xdata())] for a in figure.axes}
+    golden, zero, entropy = drawn.values()
+    assert [list(line.get_ydata()) for line in golden] == [[0.1, 0.7], [0.2, 0.3]]
+    assert [list(line.get_ydata()) for line in zero] == [[0.9, 0.2], [0.6, 0.5]]
+    assert [list(line.get_ydata()) for line in entropy] == [[0.5, 0.6], [1.1, 1.2]]
+    assert [list(line.get_xdata()) for line in golden] == [[-1, 0], [0, 1]]
+    texts = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert texts == ["answered right (8 queries)", "answered wrong (3 queries)"]
+    assert len(place_figure(right, [], 100).legends[0].get_texts()) == 1
 
 
 def test_pyplot_is_left_alone():

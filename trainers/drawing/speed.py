@@ -1,4 +1,4 @@
-"""The figure of `trainers.speed`: values in, a matplotlib Figure out (see figures.py)."""
+"""The figure of `trainers.speed`: values in, a matplotlib Figure out."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from modules.speed import Measured
-from trainers.callbacks.curves import COLOURS, MARKERS, legend, over_edits
-from trainers.callbacks.figures import blank, open_axes
+from trainers.drawing.style import COLOURS, MARKERS, blank, legend, open_axes, over_edits
 
 # title, unit, whether on a logarithmic axis, and what is drawn with what a unit of it is worth
 PANELS = (
