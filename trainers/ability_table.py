@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modules.metrics import from_file
+from trainers.markdown import markdown_table
 
 LEGEND = (
     "Percent of {examples}, with 95% bootstrap intervals over examples; in brackets the change from the unedited "
@@ -38,8 +39,7 @@ def failures(report: Mapping[str, Any]) -> list[str]:
 def markdown(report: Mapping[str, Any]) -> str:
     """The table in Markdown, with legend, failures and what was left out below it."""
     heads = ["Editor", "Edits", *_tasks(report)]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows(report)]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *_notes(report)]) + "\n"
+    return "\n".join([markdown_table(heads, rows(report)), "", *_notes(report)]) + "\n"
 
 
 def print_ability(report: Mapping[str, Any], console: Console) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from modules.fluency import FLUENCY
 from trainers.columns import COLUMNS
 from trainers.command import run
+from trainers.markdown import markdown_table
 from trainers.protocols import MEASURES, Measures
 from trainers.result_files import Entry, common, differing, pairs, read
 from trainers.written import write_text
@@ -93,10 +94,9 @@ def _table(base: Entry, others: Sequence[Entry], metrics: Sequence[str] | None, 
     measured = MEASURES[base.told["protocol"]]
     columns = _columns(measured, [base, *others], metrics)
     heads = ["Editor", *(title for _, title in columns)]
-    lines = [heads, ["---", *["---:"] * len(columns)]]
     own = {name: measured.values(result["post"]) for name, result in base.results.items()}
     notes = []
-    lines.append([_name(base, others), *(_value(measured, metric, list(own.values())) for metric, _ in columns)])
+    rows = [[_name(base, others), *(_value(measured, metric, list(own.values())) for metric, _ in columns)]]
     for other in others:
         ids = common(base, other)
         theirs = {name: measured.values(other.results[name]["post"]) for name in ids}
@@ -113,20 +113,19 @@ def _table(base: Entry, others: Sequence[Entry], metrics: Sequence[str] | None, 
             value = 100 * Measures.of(b)
             cells.append(f"{value:.1f}, {f'**{text}**' if low > 0 or high < 0 else text}")
         name = _name(other, [base, *others])
-        lines.append([name, *cells])
+        rows.append([name, *cells])
         counts = {len(base.results), len(other.results), len(ids)}
         if len(counts) > 1:
             notes.append(f"{name}: {len(ids)} records in common, of its {len(other.results)} and {len(own)}.")
         if unlike := sum(set(own[n]) != set(theirs[n]) for n in ids):
             notes.append(f"{name}: of {unlike} records one of the two lacks a metric.")
     title = f"{base.told['protocol']}, {base.told['mode']}, {base.edits} edits"
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     legend = (
         f"Over {len(base.results)} records, percent; after the comma the difference to {base.editor} on the records in "
         "common, with a 95% interval by paired bootstrap, bold where it leaves out 0."
         + (" GE is in hundredths of bits." if any(metric == FLUENCY for metric, _ in columns) else "")
     )
-    return "\n\n".join([f"## {title}", body, legend, *notes])
+    return "\n\n".join([f"## {title}", markdown_table(heads, rows), legend, *notes])
 
 
 def _columns(measured: Measures, entries: Sequence[Entry], metrics: Sequence[str] | None) -> list[tuple[str, str]]:

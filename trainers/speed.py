@@ -27,6 +27,7 @@ from modules.speed import Measured, accuracy, decoding, made_up, prefill, state_
 from trainers.command import run
 from trainers.drawing.speed import speed_figure
 from trainers.editors import Spec
+from trainers.markdown import markdown_table
 from trainers.progress import bar
 from trainers.provenance import command_line, hardware
 from trainers.records import distinct
@@ -226,9 +227,8 @@ LEGEND = (
 
 def markdown(rows: Sequence[Measured]) -> str:
     """The table in Markdown, and below it what could not be measured and why."""
-    lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 1)), *map(_cells, rows)]
     notes = [f"{r.editor}, {r.edits} edits: {r.error}" for r in rows if r.error]
-    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), LEGEND, *notes]) + "\n"
+    return "\n\n".join([markdown_table(HEADS, map(_cells, rows)), LEGEND, *notes]) + "\n"
 
 
 def _cells(row: Measured) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from modules.fluency import CONSISTENCY, FLUENCY
 from modules.metrics import from_file
 from trainers.benchmark.groups import Group, Result, apart, group_of, numbers
 from trainers.columns import COLUMNS, CONSISTENCY_LEGEND, FLUENCY_LEGEND, UNRANKED
+from trainers.markdown import markdown_table
 from trainers.report_table import contradictions
 from trainers.written import write_text
 
@@ -72,10 +73,8 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
         if not rows:  # every cell failed
             markdown.append("\n\n".join([f"## {title}", *notes]))
             continue
-        lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-        lines += [[name, *(f"**{text}**" if best else text for text, best in row)] for name, row in rows]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        markdown.append("\n\n".join([f"## {title}", body, *notes]))
+        lines = [[name, *(f"**{text}**" if best else text for text, best in row)] for name, row in rows]
+        markdown.append("\n\n".join([f"## {title}", markdown_table(heads, lines), *notes]))
         latex.append(_latex(title, heads, rows))
     write_text(out / "tables.md", "\n\n".join(markdown) + "\n")
     write_text(out / "tables.tex", "% needs \\usepackage{booktabs}\n" + "\n".join(latex))

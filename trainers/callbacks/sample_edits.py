@@ -9,6 +9,7 @@ from datamodules.records import EditRecord, Query
 from modules.evaluation import without_collisions
 from modules.training_free.icl import Unedited
 from trainers.callbacks.common import trained_editor, untouched, validation_records, writers
+from trainers.markdown import markdown_table
 
 
 class Sample(NamedTuple):
@@ -68,11 +69,10 @@ def table(samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]
     """A Markdown table of the samples with their answers."""
     heads = ["edit", "asked", "prompt", "before", "after", "target"]
     rows = [
-        [s.edit, s.kind, s.query.prompt, old, new, s.query.target]
+        [_cell(text) for text in (s.edit, s.kind, s.query.prompt, old, new, s.query.target)]
         for s, old, new in zip(samples, before, after, strict=True)
     ]
-    lines = [heads, ["---"] * len(heads), *([_cell(text) for text in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(heads, rows, texts=len(heads))
 
 
 def _cell(text: str) -> str:
