@@ -11,10 +11,9 @@ import yaml
 from trainers import command
 from trainers.ability import ability, task
 from trainers.cli import CONFIGS, TrainingCLI
-from trainers.editors import TrainingFree, known_names, read
+from trainers.editors import BASELINES, TrainingFree, known_names, read
 from trainers.evaluate import evaluate
 from trainers.speed import speed
-from trainers.workers import BASELINES
 
 FILES = sorted(CONFIGS.glob("*.yaml"))  # those of training-free editors: tests/trainers/test_editors.py
 EVALUATED = ("evaluate_", "benchmark_")

@@ -22,10 +22,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from modules.backbone import Backbone
 from modules.editor import Editor
 from modules.export import load_editor
+from modules.training_free.icl import InContext, RightEdit, Unedited
 from modules.training_free.known import KNOWN, known_as
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "training_free"
 Spec = dict[str, Any] | str
+BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}  # to compare others with
 
 
 @dataclass(frozen=True)

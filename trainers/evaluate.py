@@ -13,13 +13,13 @@ from modules.modes import stops_of
 from trainers.benchmark.grid import Benchmark, check_only, places
 from trainers.benchmark.run import records_of, run_benchmark
 from trainers.command import run
-from trainers.editors import Spec, TrainingFree
+from trainers.editors import BASELINES, Spec, TrainingFree
 from trainers.evaluation_run import run_evaluation
 from trainers.no_effect import refuse_beside_a_benchmark, refuse_beside_a_mode
 from trainers.protocols import Demonstrations, Judging, Protocol
 from trainers.records import drawn, meeting_conditions
 from trainers.retention import run_consecutive
-from trainers.workers import BASELINES, Specs, build, wanted_of
+from trainers.workers import Specs, build, wanted_of
 from trainers.written import check_file, check_folder
 
 POOL_SIZES = [1, 10, 100]

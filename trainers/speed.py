@@ -26,12 +26,12 @@ from modules.meter import Meter, now
 from modules.speed import Measured, accuracy, decoding, made_up, prefill, state_bytes
 from trainers.command import run
 from trainers.drawing.speed import speed_figure
-from trainers.editors import Spec
+from trainers.editors import BASELINES, Spec
 from trainers.markdown import markdown_table
 from trainers.progress import bar
 from trainers.provenance import command_line, hardware
 from trainers.records import distinct
-from trainers.workers import BASELINES, Specs, build, wanted_of
+from trainers.workers import Specs, build, wanted_of
 from trainers.written import check_folder, write_json, write_text
 
 log = logging.getLogger(__name__)

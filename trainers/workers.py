@@ -17,13 +17,11 @@ import torch
 from modules.backbone import Backbone, BackboneConfig, WithoutAdapters, load_backbone
 from modules.editor import Editor
 from modules.export import load_editor
-from modules.training_free.icl import InContext, RightEdit, Unedited
-from trainers.editors import Chosen, Spec, TrainingFree, choose, read, refuse_twins
+from trainers.editors import BASELINES, Chosen, Spec, TrainingFree, choose, read, refuse_twins
 from trainers.processes import tie_to
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-BASELINES: dict[str, type[Editor]] = {e.name: e for e in (Unedited, InContext, RightEdit)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Specs:
     Args:
         backbone: by default that of the first exported editor.
         editors: as `--editor` of trainers.evaluate.
-        baselines: names of `BASELINES`, which come before them.
+        baselines: names of `trainers.editors.BASELINES`, which come before them.
         device: cpu, cuda, cuda:1; auto: the first GPU where there is one.
         trust_remote_code: of exported editors, see `modules.export.load_editor`.
     """

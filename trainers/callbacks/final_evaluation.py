@@ -15,15 +15,14 @@ from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, evaluate
-from modules.training_free.icl import InContext, RightEdit, Unedited
 from trainers.callbacks.common import trained_editor, untouched
 from trainers.columns import COLUMNS
+from trainers.editors import BASELINES
 from trainers.records import drawn, meeting_conditions
 from trainers.report import Report, add_evaluation, add_failure, new_report
 from trainers.report_table import print_table
 from trainers.written import write_json
 
-BASELINES: tuple[type[Editor], ...] = (Unedited, InContext, RightEdit)
 UNTRAINED = " (untrained)"  # after the editor's name, before the first step
 
 
@@ -125,8 +124,8 @@ class FinalEvaluation(L.Callback):
     def _has_trained(self, step: int) -> bool:
         """Whether the file has this step's editor with the largest pool, which is the last to be asked."""
         report = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        rows, others = report.get("aggregate", {}), {kind.name for kind in BASELINES}
-        trained = [row for name, row in rows.items() if name not in others and not name.endswith(UNTRAINED)]
+        rows = report.get("aggregate", {})
+        trained = [row for name, row in rows.items() if name not in BASELINES and not name.endswith(UNTRAINED)]
         return report.get("meta", {}).get("step") == step and any(str(self._sizes[-1]) in row for row in trained)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, suffix: str | None) -> None:
@@ -147,7 +146,7 @@ class FinalEvaluation(L.Callback):
                     seed=self.seed,
                     queries_per_kind=self.queries_per_kind,
                 )
-                for baseline in (kind() for kind in BASELINES if self.baselines):
+                for baseline in (kind() for kind in BASELINES.values() if self.baselines):
                     if baseline.name not in self._report["aggregate"]:
                         self._add(trainer, baseline.name, baseline, backbone)
             if suffix is not None:
