@@ -21,6 +21,7 @@ from modules.editor import Edited, TargetScore, TrainedEditor
 from modules.fingerprint import weights_hash
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
+from modules.saved_edits import kept_without
 
 
 class GistEdited(Edited):
@@ -100,11 +101,7 @@ class GistEdited(Edited):
         Raises:
             ValueError: for an edit that is not in the pool.
         """
-        gone = {r.statement for r in requests}
-        missing = gone - {r.statement for r in self.requests}
-        if missing:
-            raise ValueError(f"not in the pool, so it cannot be removed: {sorted(missing)[0]!r}")
-        rows = [i for i, r in enumerate(self.requests) if r.statement not in gone]
+        rows = kept_without(self.requests, requests)
         return GistEdited(self.model, [self.requests[i] for i in rows], self.pool.keep(rows))
 
     def save(self, folder: Path) -> None:
