@@ -22,6 +22,7 @@ __all__ = [
     "Evaluation",
     "RecordPool",
     "TokenAccuracy",
+    "check_queries_per_kind",
     "evaluate",
     "evaluate_pool",
     "fewer_queries",
@@ -193,6 +194,19 @@ def _results(
     ]
 
 
+def check_queries_per_kind(count: int | None, name: str = "queries_per_kind") -> None:
+    """Refuse a number of queries below 1; None asks all.
+
+    Args:
+        name: what a user set it by.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"{name} must be at least 1, or null to ask all queries; got {count}")
+
+
 def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
     """The record with at most `per_kind` rephrases, and other queries of each kind, drawn by `seed`.
 
@@ -201,8 +215,7 @@ def fewer_queries(record: EditRecord, per_kind: int, seed: int) -> EditRecord:
     Raises:
         ValueError: for a number below 1.
     """
-    if per_kind < 1:
-        raise ValueError(f"queries_per_kind must be at least 1, or null to ask all of them; got {per_kind}")
+    check_queries_per_kind(per_kind)
     draw = random.Random(f"{seed}/{record.id}")
 
     def some(queries: Sequence[Query]) -> tuple[Query, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from datamodules.sources import Source, load
 from modules.backbone import BackboneConfig
+from modules.evaluation import check_queries_per_kind
 from modules.modes import stops_of
 from trainers.benchmark.grid import Benchmark, check_only, places
 from trainers.benchmark.run import records_of, run_benchmark
@@ -90,8 +91,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
-    if queries_per_kind is not None and queries_per_kind < 1:
-        raise ValueError(f"--queries_per_kind must be at least 1, or null to ask all queries; got {queries_per_kind}")
+    check_queries_per_kind(queries_per_kind, "--queries_per_kind")
     other_sizes = pool_sizes if pool_sizes != POOL_SIZES else None
     if benchmark:
         refuse_beside_a_benchmark(

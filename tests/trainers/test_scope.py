@@ -40,7 +40,7 @@ def test_scores_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--editor=ft_m"], "--editor ft_m has no hook layers"),
         (["--editor={export}"], "--editor .*export has no hook layers"),
         (["--records=0"], "--records must be at least 1"),
-        (["--queries_per_kind=0"], "queries_per_kind must be at least 1, or null to ask all of them; got 0"),
+        (["--queries_per_kind=0"], "queries_per_kind must be at least 1, or null to ask all queries; got 0"),
         (["--out={export}"], "--out .*export is a folder; give a file in it"),
     ],
 )

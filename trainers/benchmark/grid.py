@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from datamodules.records import EditRecord
 from datamodules.sources import Source
+from modules.evaluation import check_queries_per_kind
 from trainers.protocols import Demonstrations, Judging, Protocol
 
 Mode = Literal["single", "batch", "sequential", "consecutive"]
@@ -44,11 +45,7 @@ class GridDataset:
     references: str | None = None
 
     def __post_init__(self) -> None:
-        if self.queries_per_kind is not None and self.queries_per_kind < 1:
-            raise ValueError(
-                "benchmark.datasets: queries_per_kind must be at least 1, or null to ask all queries; got "
-                f"{self.queries_per_kind}"
-            )
+        check_queries_per_kind(self.queries_per_kind, "benchmark.datasets: queries_per_kind")
 
     @property
     def judging(self) -> Judging:

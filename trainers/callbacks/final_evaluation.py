@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.records import EditRecord
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
-from modules.evaluation import Answers, evaluate
+from modules.evaluation import Answers, check_queries_per_kind, evaluate
 from trainers.callbacks.common import trained_editor, untouched
 from trainers.columns import COLUMNS
 from trainers.editors import BASELINES
@@ -70,8 +70,7 @@ class FinalEvaluation(L.Callback):
             raise ValueError(
                 f"pool_sizes, records and pool_1_records must be at least 1: {pool_sizes}, {records}, {pool_1_records}"
             )
-        if queries_per_kind is not None and queries_per_kind < 1:
-            raise ValueError(f"queries_per_kind must be at least 1, or null to ask all queries; got {queries_per_kind}")
+        check_queries_per_kind(queries_per_kind)
         self.records, self.exact_match, self.before, self.baselines = records, exact_match, before, baselines
         self.pool_1_records, self.batch_size, self.seed = pool_1_records, batch_size, seed
         self.queries_per_kind = queries_per_kind
