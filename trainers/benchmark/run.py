@@ -25,7 +25,6 @@ from datamodules.sources import load
 from modules.backbone import Backbone
 from modules.editor import Edited
 from modules.evaluation import Answers
-from modules.fingerprint import weights_hash
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.figures import write_figures
 from trainers.benchmark.files import Files
@@ -34,6 +33,7 @@ from trainers.benchmark.settings import differences, of_other_settings
 from trainers.benchmark.tables import write_csv, write_tables
 from trainers.benchmark.work import ELSEWHERE, TAKEN, Ended, attempt, in_worker
 from trainers.editors import Chosen
+from trainers.made_of import of_model
 from trainers.provenance import command_line
 from trainers.records import drawn, meeting_conditions
 from trainers.result_cache import code
@@ -210,12 +210,12 @@ def plan(
     batch_size: int,
 ) -> Iterator[Cell]:
     """All cells. Runs of fewer edits take the first ones of those with more."""
-    weights, overrides = weights_hash(backbone.model), json.loads(json.dumps(backbone.config.overrides))
+    model = of_model(backbone)
     files = {chosen.editor.name: hashes(chosen.facts) for chosen in editors}
     for name, dataset in benchmark.datasets.items():
         judged_by = hashes(dataset.judging.told())
         asked = meeting_conditions(backbone, list(records[name]), batch_size)
-        about = {"seed": seed, "weights": weights, **dataset.judging.told()}
+        about = {"seed": seed, "weights": model["weights"], **dataset.judging.told()}
         if any(record.multi_hop for record in asked):
             about["contradicted"] = "not asked"  # results of before this rule are of other questions
         for run in benchmark.runs:
@@ -236,7 +236,7 @@ def plan(
                         run.asked,
                         dataset.queries_per_kind,
                         files[chosen.editor.name] | judged_by,
-                        overrides,
+                        model["overrides"],
                         batch_size,
                     )
 
