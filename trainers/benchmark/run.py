@@ -8,38 +8,29 @@ out/answers.html                           answers side by side; opens without a
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from datamodules.files import hashes
 from datamodules.records import EditRecord
 from datamodules.sources import load
 from modules.backbone import Backbone
-from modules.editor import Edited
-from modules.evaluation import Answers
 from trainers.benchmark.answers import write_answers
+from trainers.benchmark.crew import Crew
 from trainers.benchmark.figures import write_figures
 from trainers.benchmark.files import Files
 from trainers.benchmark.grid import Benchmark, Cell, matching, refuse_one_place, spans
 from trainers.benchmark.settings import differences, of_other_settings
 from trainers.benchmark.tables import write_csv, write_tables
-from trainers.benchmark.work import ELSEWHERE, TAKEN, Ended, attempt, in_worker
 from trainers.editors import Chosen
 from trainers.made_of import of_model
 from trainers.provenance import command_line
 from trainers.records import drawn, meeting_conditions
 from trainers.result_cache import code
-from trainers.workers import Specs, spread
-
-KILLED = "its process was killed (out of memory? fewer benchmark.workers leave more to each)"
+from trainers.workers import Specs
 
 
 def records_of(benchmark: Benchmark, seed: int) -> dict[str, list[EditRecord]]:
@@ -111,7 +102,8 @@ def run_benchmark(
                 style="yellow",
                 highlight=False,
             )
-    _run(benchmark, specs, backbone, editors, left, files, console)
+    crew = Crew(specs, backbone, editors, files, workers=benchmark.workers, answers=benchmark.answers)
+    crew.run(left, console)
     # read again: other commands may have finished cells of this grid meanwhile
     results = [{**files.about(cell, backbone), **(files.read(cell) or {})} for cell in cells]
     write_csv(results, out / "results.csv")
@@ -153,54 +145,6 @@ def _finished(
     return done
 
 
-def _run(
-    benchmark: Benchmark,
-    specs: Specs,
-    backbone: Backbone,
-    editors: Sequence[Chosen],
-    left: Sequence[Cell],
-    files: Files,
-    console: Console,
-) -> None:
-    """Run cells, keep each one's result in its file and say how it went."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
-    ended = 0
-    # a cell may take hours: speed is of all that was done, not of the last half minute
-    options: dict[str, Any] = {"transient": True, "speed_estimate_period": math.inf}
-    with Progress(*columns, console=console, disable=not console.is_terminal, **options) as shown:
-        task = shown.add_task("", total=sum(map(_work, left)))
-        for cell, found in _results(benchmark, specs, backbone, editors, left, files, shown, task):
-            ended += 1
-            said = found.passed
-            if found.result is not None:
-                kept = files.write(cell, backbone, found.result)
-                said = found.result.get("error") or ("" if kept else TAKEN)
-            console.print(
-                f"[{ended}/{len(left)}]{_clock(shown.tasks[0])} {cell.name}" + (f": {said}" if said else ""),
-                style="red" if said not in ("", ELSEWHERE) else "",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-    if ended < len(left):
-        console.print(
-            f"{len(left) - ended} cells are not run: after that error this process can use the GPU no more; give the "
-            "command again",
-            style="red",
-            highlight=False,
-        )
-
-
-def _clock(task: Task) -> str:
-    """What all cells so far took, and what the rest may take at that pace."""
-    taken, done = task.elapsed or 0.0, task.completed
-    return f" ({_span(taken)}" + (f", about {_span(taken * (task.remaining or 0) / done)} left)" if done else ")")
-
-
-def _span(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
 def plan(
     benchmark: Benchmark,
     records: Mapping[str, Sequence[EditRecord]],
@@ -239,43 +183,3 @@ def plan(
                         model["overrides"],
                         batch_size,
                     )
-
-
-def _results(
-    benchmark: Benchmark,
-    specs: Specs,
-    backbone: Backbone,
-    editors: Sequence[Chosen],
-    left: Sequence[Cell],
-    files: Files,
-    shown: Progress,
-    task: Any,
-) -> Iterator[tuple[Cell, Ended]]:
-    """(cell, what became of it) as cells end; not all of them where this process can go on no more."""
-    there_are = max(1, torch.cuda.device_count()) if specs.device == "auto" else 1
-    workers = min(benchmark.workers or there_are, max(1, len(left)))
-    if workers == 1:
-        known = {c.editor.name: c.editor for c in editors}
-        originals = Answers(Edited(backbone))
-        for cell in left:
-            shown.update(task, description=cell.name)
-            start = shown.tasks[0].completed
-            tell = partial(shown.advance, task)
-            ended = attempt(cell, known[cell.editor], backbone, originals, benchmark.answers, files, tell)
-            shown.update(task, completed=start + _work(cell))
-            yield cell, ended
-            if ended.broken:
-                return
-        return
-    shown.update(task, description=f"{workers} processes")
-    work = partial(in_worker, answers=benchmark.answers, files=files)
-    for cell, ended in spread(work, left, specs, workers, spent=lambda ended: ended.broken):
-        shown.advance(task, _work(cell))
-        yield cell, Ended({"error": KILLED}) if ended is None else ended
-
-
-def _work(cell: Cell) -> int:
-    """Records edited and evaluated."""
-    if cell.mode in ("sequential", "consecutive"):
-        return len(cell.records) + sum(cell.edits)
-    return len(cell.records)

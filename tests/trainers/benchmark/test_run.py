@@ -11,8 +11,8 @@ from small_grid import FACTS, cells, config
 from modules.backbone import BackboneConfig
 from trainers import evaluate as evaluate_command
 from trainers import workers
+from trainers.benchmark import crew, work
 from trainers.benchmark import run as benchmark_run
-from trainers.benchmark import work
 from trainers.command import run
 from trainers.evaluate import evaluate
 from trainers.result_cache import code
@@ -145,7 +145,7 @@ def test_each_cell_says_what_its_process_ran_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = work.Ended({"hardware": "a worker's", "points": []})
-    monkeypatch.setattr(benchmark_run, "spread", lambda _, cells, *__, **___: ((c, there) for c in cells))
+    monkeypatch.setattr(crew, "spread", lambda _, cells, *__, **___: ((c, there) for c in cells))
     monkeypatch.setattr(benchmark_run, "write_figures", lambda *_: None)
     run(evaluate, [f"--config={config(tmp_path)}", "--benchmark.workers=2"])
     assert {cell["hardware"] for cell in cells(tmp_path).values()} == {"a worker's"}

@@ -9,8 +9,8 @@ from rich.progress import Progress
 
 from modules.fluency import FLUENCY
 from trainers.benchmark.answers import write_answers
+from trainers.benchmark.crew import _clock
 from trainers.benchmark.figures import cost, over_number, trade, write_figures
-from trainers.benchmark.run import _clock
 from trainers.benchmark.tables import FIELDS, write_csv, write_tables
 
 

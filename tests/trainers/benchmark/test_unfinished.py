@@ -10,8 +10,7 @@ from small_grid import FACTS, cells, config
 
 from modules.editor import Editor
 from trainers.benchmark import cell as benchmark_cell
-from trainers.benchmark import run as benchmark_run
-from trainers.benchmark import work
+from trainers.benchmark import crew, work
 from trainers.benchmark.files import UNFINISHED
 from trainers.command import run
 from trainers.evaluate import evaluate
@@ -121,7 +120,7 @@ def test_a_worker_that_is_killed_late_keeps_what_it_reached(tmp_path: Path, caps
     for name in ("a", "b"):
         cell = found[f"facts/sequential-1-2-4/{name}.json"]
         assert [point["edits"] for point in cell["points"]] == [1, 2]
-        assert cell["error"] == benchmark_run.KILLED
+        assert cell["error"] == crew.KILLED
         assert all(p["edit_bytes"] >= 0 for p in cell["points"])
     whole = found["facts/sequential-1-2-4/unedited.json"]
     assert "error" not in whole
