@@ -104,12 +104,6 @@ class RecordDataset(Dataset[Slot]):
         self.weights = weights
         self._rows = self.tables[0] if len(tables) == 1 else datasets.concatenate_datasets(self.tables)
 
-    @classmethod
-    def from_records(cls, records: Sequence[EditRecord]) -> "RecordDataset":
-        """A data set of records that are already in memory."""
-        rows = [{"record": r.to_json()} for r in records]
-        return cls([datasets.Dataset.from_list(rows, features=_FEATURES)])
-
     @property
     def lengths(self) -> list[int]:
         """Records of each source."""

@@ -48,7 +48,6 @@ def test_records_come_back_as_they_were_and_as_slots(tmp_path: Path) -> None:
     places = [Place(4, 0, 7), Place(1, 1, 8)]
     assert data.__getitems__(places) == [data[p] for p in places]
     assert data[places[0]] == (record(4), 0, 7)
-    assert RecordDataset.from_records([record(i) for i in range(5)]).record(3) == record(3)
 
 
 def test_sources_follow_each_other(tmp_path: Path) -> None:
