@@ -41,6 +41,7 @@ def run_evaluation(
     mode: str = "batch",
     asked: int | None = None,
     queries_per_kind: int | None = None,
+    available: int | None = None,
 ) -> Report:
     """Evaluate every editor at every pool size, write the report to `out`, print the table.
 
@@ -52,7 +53,7 @@ def run_evaluation(
 
     Args:
         judging: how answers are judged.
-        data, seed, mode, queries_per_kind: see `trainers.report.new_report`.
+        data, seed, mode, queries_per_kind, available: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `Judging.judge`.
         singles: at pool size 1, where each record is a pool of its own, take only so many records.
         asked: see `modules.judging.evaluate_pools`.
@@ -80,6 +81,7 @@ def run_evaluation(
         protocols=judge.definitions,
         protocol=judge.name,
         queries_per_kind=queries_per_kind,
+        available=available,
     ) | {"made_of": {}}
     # asked now: once the editors have run, a folder may hold another one
     made_of = {c.editor.name: of_facts(c.facts) for c in editors}

@@ -36,6 +36,7 @@ def new_report(
     mode: str = "batch",
     protocol: str = "default",
     queries_per_kind: int | None = None,
+    available: int | None = None,
 ) -> Report:
     """A report without results.
 
@@ -47,6 +48,7 @@ def new_report(
         mode: how the records are edited: single, batch, sequential or consecutive.
         protocol: how answers are judged, by name; figures of two protocols cannot be compared.
         queries_per_kind: how many rephrases, and other queries of each kind, were kept of a record; None: all.
+        available: of how many records these were drawn, where it is known.
     """
     meta = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -64,6 +66,8 @@ def new_report(
         "hardware": hardware(backbone.device),
         "protocols": dict(protocols),
     }
+    if available is not None:
+        meta["records_available"] = available
     return {"meta": meta, "aggregate": {}, "runs": {}, "records": {}}
 
 

@@ -45,10 +45,26 @@ def print_table(report: Report, console: Console | None = None) -> None:
             table.add_row(editor, str(size), *(Text(text, style="bold" if best else "") for text, best in values))
         console.print(table)
     console.print(_legend(report), style="dim", highlight=False)
-    for note in contradictions(report["runs"]):
+    for note in left_out(report) + contradictions(report["runs"]):
         console.print(note, highlight=False)
     for editor, size, reason in failures(report):
         console.print(Text(f"{editor} failed with pools of {size}: {reason}", style="red"))
+
+
+def left_out(report: Report) -> list[str]:
+    """What records a reader might take to be in the table and are not: a line each for those that were not drawn, those
+    that are in no pool (`--singles`, or a last pool that is not full) and those that are edited and not asked."""
+    meta = report["meta"]
+    records, available = meta.get("records", 0), meta.get("records_available", 0)
+    runs = [(int(size), run) for sizes in report["runs"].values() for size, run in sizes.items()]
+    taken = {size: run["pools"] * size for size, run in runs if "pools" in run}  # modes that go on have none
+    fewer = [f"pools of {size} take {count:,}" for size, count in sorted(taken.items()) if count < records]
+    asked = {n for size, run in runs if (n := run.get("asked_of_each_pool", size)) < size}
+    return (
+        ([f"{records:,} of {available:,} records are drawn."] if records < available else [])
+        + ([f"Of these {records:,} records {', '.join(fewer)}."] if fewer else [])
+        + [f"Of each pool the first {n:,} records are asked." for n in sorted(asked)]
+    )
 
 
 def contradictions(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:

@@ -51,6 +51,7 @@ def run_consecutive(
     max_new_tokens: int = 16,
     console: Console | None = None,
     queries_per_kind: int | None = None,
+    available: int | None = None,
 ) -> Report:
     """Run every editor through all records, batch after batch; write the report, its figure (`out` as .png), the table.
 
@@ -61,7 +62,7 @@ def run_consecutive(
     Args:
         batch, checkpoints: see `modules.modes.consecutive`.
         judging: how answers are judged.
-        data, seed, queries_per_kind: see `trainers.report.new_report`.
+        data, seed, queries_per_kind, available: see `trainers.report.new_report`.
         batch_size, max_new_tokens: see `Judging.judge`.
 
     Raises:
@@ -84,6 +85,7 @@ def run_consecutive(
         protocols=judge.definitions,
         protocol=judge.name,
         queries_per_kind=queries_per_kind,
+        available=available,
     ) | {"curves": {}, "made_of": {}}
     # asked now: once the editors have run, a folder may hold another one
     made_of = {c.editor.name: of_facts(c.facts) for c in editors}

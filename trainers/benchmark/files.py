@@ -5,7 +5,8 @@ may have taken hours. Until the cell is finished its file has an `error`, and th
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ class Files:
         out: the benchmark's folder.
         code: of today, see `trainers.result_cache.code`.
         command: that the user gave.
+        available: of how many records those of each data set were drawn.
     """
 
     out: Path
     code: str
     command: str
+    available: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, cell: Cell, backbone: Backbone, result: dict[str, Any]) -> bool:
         """Write a cell's result, as far as it is.
@@ -88,6 +91,7 @@ class Files:
             "seed": cell.about["seed"],
             "batch_size": cell.batch_size,
             "weights": cell.about["weights"],
+            "records_available": self.available.get(cell.dataset),
             "records_hash": cell.records_hash,
             "facts": cell.facts,
             "files": cell.files,

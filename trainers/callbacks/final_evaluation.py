@@ -79,7 +79,8 @@ class FinalEvaluation(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained_editor(pl_module)
-        self._records, self._data = drawn_records(trainer, self.records, self.seed, self.queries_per_kind)
+        found = drawn_records(trainer, self.records, self.seed, self.queries_per_kind)
+        self._records, self._data, self._available = found
         self._sizes = sorted({min(size, len(self._records)) for size in self.pool_sizes})
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "evaluation.json"
         self._originals: Answers | None = None
@@ -144,6 +145,7 @@ class FinalEvaluation(L.Callback):
                     data=self._data,
                     seed=self.seed,
                     queries_per_kind=self.queries_per_kind,
+                    available=self._available,
                 )
                 for baseline in (kind() for kind in BASELINES.values() if self.baselines):
                     if baseline.name not in self._report["aggregate"]:
@@ -185,8 +187,9 @@ class FinalEvaluation(L.Callback):
 
 def drawn_records(
     trainer: L.Trainer, count: int, seed: int, queries_per_kind: int | None = None
-) -> tuple[list[EditRecord], str]:
-    """`count` test records of the run's DataModule, drawn as `trainers.evaluate` does, and where they come from.
+) -> tuple[list[EditRecord], str, int]:
+    """`count` test records of the run's DataModule, drawn as `trainers.evaluate` does, where they come from, and of how
+    many they were drawn.
 
     Raises:
         TypeError: where the DataModule offers none.
@@ -197,7 +200,7 @@ def drawn_records(
     every: list[EditRecord] = datamodule.test_records()  # type: ignore[union-attr]
     chosen = drawn(lambda at: [every[i] for i in at], len(every), count, seed, queries_per_kind)
     sources = "; ".join(getattr(source, "name", str(source)) for source in getattr(datamodule, "test", None) or [])
-    return chosen, sources
+    return chosen, sources, len(every)
 
 
 def flat_metrics(by_size: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -36,6 +36,8 @@ def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
         "facts/batch-4/ft_m.json",
     }
     table = (tmp_path / "out" / "tables.md").read_text()
+    drawn_of = found["facts/batch-4/unedited.json"]["records_available"]
+    assert table.count(f"The records are drawn of {drawn_of:,}.") == 5
     assert table.count("Not run yet: icl_right_edit.") == 2  # batches of 2 and 4
     assert table.count("Not run yet: icl_right_edit, ft_m.") == 1  # singles
     assert table.count("Not run yet: ft_m.") == 2  # after 2 and after 4 in batches; nothing is said of an upper bound

@@ -36,7 +36,8 @@ def test_final_evaluation_is_that_of_the_trained_editor(train, tmp_path, cache, 
     callback = FinalEvaluation([4], records=4, baselines=False, exact_match=False)
     found = fit(tmp_path, cache, [Disturb(), callback], "hidden", train=train, val_check_interval=4)
     report = json.loads((tmp_path / "evaluation.json").read_text())
-    records, _ = drawn_records(found.trainer, 4, 0)
+    records, _, available = drawn_records(found.trainer, 4, 0)
+    assert report["meta"]["records_available"] == available > 4
     with found.module.original() as backbone:
         originals = Answers(Edited(backbone))
         originals.ask(records)
