@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from datamodules.files import located
 from datamodules.readers import FORMATS, read
 from datamodules.readers.errors import DataError, SkippedRecords
-from datamodules.readers.hub import PREFIX, is_hub
+from datamodules.readers.hub import PREFIX, commit, is_hub
 from datamodules.records import EditRecord
 from datamodules.schedule import Place, Slot, stable_hash
 
@@ -36,9 +36,9 @@ class Source:
         format: zsre, counterfact, knowedit, mquake, dune, ripple or uniedit; auto, any of the published files; facts or
             facts_uniedit, generated; pairs, hub or records, your own (`datamodules.readers.FORMATS`).
         path: the file, looked for from the working directory and then below the folder named by the environment
-            variable PALIMPSEST_DATA, under this name or with or without a final .gz; `hub:owner/name:split` on the
-            Hugging Face hub (see `readers.hub`); for "hub" the data set's name; none for records that are generated
-            ("facts").
+            variable PALIMPSEST_DATA, under this name or with or without a final .gz; `hub:owner/name:split`, or
+            `hub:owner/name@revision:split`, on the Hugging Face hub (see `readers.hub`); for "hub" the data set's name;
+            none for records that are generated ("facts").
         options: further arguments of the format's reader, such as `split: val` for "facts".
         skip: pass over so many records at the beginning.
         limit: of what follows, take the first records only, this many at most.
@@ -79,6 +79,13 @@ class Source:
     def name(self) -> str:
         """For messages."""
         return f"{self.format} {self.path}" if self.path else self.format
+
+    @property
+    def commit(self) -> str | None:
+        """Of a data set of the hub, where it is known (see `readers.hub.commit`)."""
+        if self.path is None or not (self.format == "hub" or is_hub(self.path)):
+            return None
+        return commit(self.path, self.options.get("revision"))
 
     def located(self) -> Path | None:
         """The file or folder that is read; None where there is none or it is on the hub.
@@ -151,6 +158,11 @@ def load(sources: Sequence[Source], cache_dir: str | None = None) -> RecordDatas
         raise DataError(str(error)) from error
 
 
+def described(sources: Sequence[Source]) -> str:
+    """Where records come from, in words, with the commits of what is on the hub."""
+    return "; ".join(f"{s.name} at {commit}" if (commit := s.commit) else s.name for s in sources)
+
+
 def check_sources(sources: Sequence[Source]) -> None:
     """Refuse what is wrong before anything is read.
 
@@ -195,7 +207,7 @@ def _table(source: Source, cache_dir: str | None) -> datasets.Dataset:
         "options": options,
         "skip": source.skip,
         "limit": source.limit,
-        "version": (_state(path) if path else _local_state(source), _code()),
+        "version": (_state(path) if path else _local_state(source) or source.commit, _code()),
     }
     try:
         # every argument of the generator is a part of the cache's key

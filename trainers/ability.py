@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from datamodules.sources import Source, load
+from datamodules.sources import Source, described, load
 from modules.ability import DEFAULT, TASKS
 from modules.ability.states import check_counts
 from modules.ability.task import Task
@@ -82,7 +82,7 @@ def ability(
     # a shuffle, not a sample: the first hundred are the same however many more are edited
     order = random.Random(seed).sample(range(len(every)), len(every))
     records = every.records(order[: counts[-1]]) if counts[-1] else []
-    about = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
+    about = {"data": described(data), "seed": seed, "batch_size": batch_size}
     model, editors = build(specs)
     run_ability(chosen_tasks, editors, model, records, counts, batch, examples, Path(out), **about)
 

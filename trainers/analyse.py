@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.sources import Source
+from datamodules.sources import Source, described
 from modules.export import load_editor, versions
 from modules.gist.analysis import profile
 from modules.gist.analysis_temperature import HOT, Aligned, Tokens, align
@@ -90,7 +90,7 @@ def analyse(
     about = {
         "command": command_line(),
         "editor": str(editor),
-        "data": "; ".join(s.name for s in data),
+        "data": described(data),
         "records": len(records),
         "seed": seed,
         "selection": loaded.model.config.selection,

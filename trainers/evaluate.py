@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.sources import Source, load
+from datamodules.sources import Source, described, load
 from modules.backbone import BackboneConfig
 from modules.evaluation import check_queries_per_kind
 from modules.modes import stops_of
@@ -138,8 +138,8 @@ def evaluate(
         named = [one.name for one in wanted if isinstance(one, TrainingFree)]
         if len(named) == len(wanted):  # an exported editor's name is known once it is loaded
             check_only(places(benchmark, [*baselines, *named]), benchmark.only)
-        chosen, available = records_of(benchmark, seed)
-        run_benchmark(benchmark, chosen, available, specs, *build(specs), seed=seed, batch_size=batch_size)
+        chosen, origins = records_of(benchmark, seed)
+        run_benchmark(benchmark, chosen, origins, specs, *build(specs), seed=seed, batch_size=batch_size)
         return
     if not data:
         raise ValueError("nothing to evaluate: give --data, or a --benchmark")
@@ -151,7 +151,7 @@ def evaluate(
         stops_of(len(drawn_records), batch or 1, checkpoints)
     model, editors = build(specs)
     drawn_records = meeting_conditions(model, drawn_records, batch_size)
-    about: dict[str, Any] = {"data": "; ".join(s.name for s in data), "seed": seed, "batch_size": batch_size}
+    about: dict[str, Any] = {"data": described(data), "seed": seed, "batch_size": batch_size}
     about |= {"queries_per_kind": queries_per_kind, "available": len(every)}
     if consecutively:
         run_consecutive(editors, model, drawn_records, batch or 1, checkpoints, judging, Path(out), **about)

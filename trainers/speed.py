@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.records import EditRecord, EditRequest
-from datamodules.sources import Source
+from datamodules.sources import Source, described
 from datamodules.tokens import encode
 from modules.backbone import Backbone, BackboneConfig
 from modules.editor import Edited, Editor
@@ -97,7 +97,7 @@ def speed(
     about = {
         "command": command_line(),
         "editors": {one.editor.name: one.facts for one in chosen},
-        "data": "; ".join(s.name for s in data),
+        "data": described(data),
         "records": len(records),
         "edit_tokens": _tokens(model, requests),
         "seed": seed,

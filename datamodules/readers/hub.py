@@ -5,11 +5,13 @@ What stands after the name is a split, or a file of the repository (it ends in .
     hub:owner/name:train            a split of a data set
     hub:owner/name:subset:train     of one of its subsets
     hub:owner/name:test_cf.json     one file, read as it would be from disk
+    hub:owner/name@v1.0:train       any of these at a revision: a branch, a tag or a commit
 
 KnowEdit is such a folder of files of several shapes, which no one table could hold. A local folder may stand for the
 name: a data set that was saved by `datasets`, or a folder of data files.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def hub_file(path: str | Path) -> Path | None:
         ValueError: if `path` is not of one of the three forms.
         DataError: if the file cannot be had.
     """
-    name, subset, last = _parts(path)
+    name, revision, subset, last = _parts(path)
     if not last.removesuffix(".gz").endswith((".json", ".jsonl")):
         return None
     if subset:
@@ -40,7 +42,7 @@ def hub_file(path: str | Path) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, last, repo_type="dataset"))
+        return Path(hf_hub_download(name, last, repo_type="dataset", revision=revision))
     except Exception as error:  # the client's errors share no base class
         raise DataError(f"cannot fetch {last} of data set {name!r}: {error}; check the name and the network") from error
 
@@ -51,8 +53,8 @@ def hub_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: if the data set cannot be loaded.
     """
-    name, subset, split = _parts(path)
-    return map(_given, load_table(name, subset, split))
+    name, revision, subset, split = _parts(path)
+    return map(_given, load_table(name, subset, split, revision))
 
 
 def load_table(name: str, subset: str | None, split: str, revision: str | None = None) -> Any:
@@ -76,11 +78,37 @@ def load_table(name: str, subset: str | None, split: str, revision: str | None =
         ) from error
 
 
-def _parts(path: str | Path) -> tuple[str, str | None, str]:
+def commit(path: str, revision: str | None = None) -> str | None:
+    """The commit that a data set is read at, as the hub's client last saw it: told by its local cache or, where it has
+    not read that revision yet, by the hub. None where neither tells, and for a local folder.
+
+    Args:
+        path: `hub:...`, or a data set's name.
+        revision: of a name.
+    """
+    name, revision = _parts(path)[:2] if is_hub(path) else (path, revision)
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return revision
+    if Path(name).is_dir():
+        return None
+    from huggingface_hub import HfApi, constants
+
+    told = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", revision or "main")
+    if told.is_file():
+        return told.read_text(encoding="utf-8").strip()
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except Exception:  # the client's errors share no base class; what cannot be had fails where it is read
+        return None
+
+
+def _parts(path: str | Path) -> tuple[str, str | None, str | None, str]:
+    """Name, revision, subset, and split or file."""
     parts = str(path).removeprefix(PREFIX).split(":")
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"{path}: write {PREFIX}owner/name:split, :subset:split, or :file.json after the name")
-    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+    name, _, revision = (parts[0], "", "") if Path(parts[0]).is_dir() else parts[0].partition("@")
+    return name, revision or None, parts[1] if len(parts) == 3 else None, parts[-1]
 
 
 def _given(value: Any) -> Any:

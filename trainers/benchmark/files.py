@@ -28,13 +28,14 @@ class Files:
         out: the benchmark's folder.
         code: of today, see `trainers.result_cache.code`.
         command: that the user gave.
-        available: of how many records those of each data set were drawn.
+        origins: where the records of each data set come from: `data`, in words, and `records_available`, how many
+            there are.
     """
 
     out: Path
     code: str
     command: str
-    available: Mapping[str, int] = field(default_factory=dict)
+    origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def write(self, cell: Cell, backbone: Backbone, result: dict[str, Any]) -> bool:
         """Write a cell's result, as far as it is.
@@ -91,7 +92,7 @@ class Files:
             "seed": cell.about["seed"],
             "batch_size": cell.batch_size,
             "weights": cell.about["weights"],
-            "records_available": self.available.get(cell.dataset),
+            **self.origins.get(cell.dataset, {}),
             "records_hash": cell.records_hash,
             "facts": cell.facts,
             "files": cell.files,

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from datamodules.files import hashes
 from datamodules.records import EditRecord
-from datamodules.sources import load
+from datamodules.sources import described, load
 from modules.backbone import Backbone
 from trainers.benchmark.answers import write_answers
 from trainers.benchmark.crew import Crew
@@ -33,9 +33,9 @@ from trainers.result_cache import code
 from trainers.workers import Specs
 
 
-def records_of(benchmark: Benchmark, seed: int) -> tuple[dict[str, list[EditRecord]], dict[str, int]]:
-    """The records of each data set, as many as the largest run needs, and of how many they are drawn: what can be wrong
-    with data, before a model is loaded.
+def records_of(benchmark: Benchmark, seed: int) -> tuple[dict[str, list[EditRecord]], dict[str, dict[str, Any]]]:
+    """The records of each data set, as many as the largest run needs, and where they come from: what can be wrong with
+    data, before a model is loaded.
 
     Args:
         seed: draws them.
@@ -43,7 +43,7 @@ def records_of(benchmark: Benchmark, seed: int) -> tuple[dict[str, list[EditReco
     Raises:
         ValueError: where a data set has fewer records than a run needs, or they do not fit its protocol.
     """
-    found, available = {}, {}
+    found, origins = {}, {}
     for name, dataset in benchmark.datasets.items():
         every = load(dataset.data)
         if len(every) < benchmark.most():
@@ -52,14 +52,14 @@ def records_of(benchmark: Benchmark, seed: int) -> tuple[dict[str, list[EditReco
             )
         found[name] = drawn(every.records, len(every), benchmark.most(), seed, dataset.queries_per_kind)
         dataset.judging.check(found[name])
-        available[name] = len(every)
-    return found, available
+        origins[name] = {"data": described(dataset.data), "records_available": len(every)}
+    return found, origins
 
 
 def run_benchmark(
     benchmark: Benchmark,
     records: Mapping[str, Sequence[EditRecord]],
-    available: Mapping[str, int],
+    origins: Mapping[str, Mapping[str, Any]],
     specs: Specs,
     backbone: Backbone,
     editors: Sequence[Chosen],
@@ -75,7 +75,7 @@ def run_benchmark(
     parts of one grid at once: a cell that another one has finished meanwhile is passed over.
 
     Args:
-        records, available: of each data set, see `records_of`.
+        records, origins: of each data set, see `records_of`.
         specs: what worker processes build backbone and editors from.
         backbone, editors: the same, in this process.
         seed: that drew the records; of the bootstrap.
@@ -89,7 +89,7 @@ def run_benchmark(
     """
     console = console or Console()
     out, now = Path(benchmark.out), code()
-    files = Files(out, now, command_line(), available)
+    files = Files(out, now, command_line(), origins)
     cells = list(plan(benchmark, records, backbone, editors, seed, batch_size))
     refuse_one_place(cells)
     chosen = matching(cells, benchmark.only)

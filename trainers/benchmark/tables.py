@@ -140,7 +140,7 @@ def _tables(results: Sequence[Result]) -> Iterator[tuple[str, list[str], list[Ro
         }
         records = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
         notes = [f"Percent with 95% bootstrap intervals, over {records} records; protocol {members[0][0]['protocol']}."]
-        if edits < (available := max(r.get("records_available") or 0 for r, _ in members)):
+        if edits < (available := max(r.get("records_available", 0) for r, _ in members)):
             notes.append(f"The records are drawn of {available:,}.")
         notes += [text.strip() for metric, text in LEGENDS if any(metric == shown for shown, _ in columns)]
         notes += contradictions({r["editor"]: {str(edits): p["settings"]} for r, p in members})

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.records import EditRecord
+from datamodules.sources import described
 from modules.backbone import Backbone
 from modules.editor import Edited, Editor
 from modules.evaluation import Answers, check_queries_per_kind, evaluate
@@ -199,7 +200,7 @@ def drawn_records(
         raise TypeError("FinalEvaluation needs a DataModule with test_records(), such as EditDataModule")
     every: list[EditRecord] = datamodule.test_records()  # type: ignore[union-attr]
     chosen = drawn(lambda at: [every[i] for i in at], len(every), count, seed, queries_per_kind)
-    sources = "; ".join(getattr(source, "name", str(source)) for source in getattr(datamodule, "test", None) or [])
+    sources = described(getattr(datamodule, "test", None) or [])
     return chosen, sources, len(every)
 
 

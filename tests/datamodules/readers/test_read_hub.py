@@ -9,7 +9,7 @@ from datamodules.readers import read
 from datamodules.readers.auto import detected
 from datamodules.readers.errors import DataError
 from datamodules.readers.hub import hub_rows
-from datamodules.sources import Source, load
+from datamodules.sources import Source, described, load
 
 datasets = pytest.importorskip("datasets")
 
@@ -50,7 +50,35 @@ def test_a_file_of_a_repository(saved, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: seen.append((a, k)) or str(local))
     (record,) = read("auto", "hub:owner/KnowEdit:benchmark/wiki/test_cf.json")
     assert (record.id, record.request.target) == ("test_cf-0", "t")
-    assert set(map(str, seen)) == {"(('owner/KnowEdit', 'benchmark/wiki/test_cf.json'), {'repo_type': 'dataset'})"}
+    assert set(map(str, seen)) == {
+        "(('owner/KnowEdit', 'benchmark/wiki/test_cf.json'), {'repo_type': 'dataset', 'revision': None})"
+    }
+
+
+def test_a_revision_is_read_and_told(saved, monkeypatch):
+    """What is kept as Arrow is of the commit that the hub's client last saw."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(saved / "hub"))
+    refs = saved / "hub" / "datasets--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    local, seen = saved / "a.json", []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: seen.append(k["revision"]) or str(local))
+    main, tagged = (Source("knowedit", f"hub:owner/{name}:a.json") for name in ("name", "name@v1"))
+    assert main.commit is None  # nothing was read yet, and there is no network
+    (refs / "v1").write_text("1" * 40)
+    for count, sha in ((1, "a" * 40), (2, "b" * 40)):
+        (refs / "main").write_text(sha)
+        local.write_text(json.dumps([{"prompt": f"p {i}", "target_new": "t"} for i in range(count)]), encoding="utf-8")
+        assert len(load([main], cache_dir=str(saved / "cache"))) == count
+        assert described([main, tagged]) == f"{main.name} at {sha}; {tagged.name} at {'1' * 40}"
+    assert seen == [None, None]
+    assert len(load([tagged], cache_dir=str(saved / "cache"))) == 2
+    assert seen[2:] == ["v1"]
+    of_a_table = {"subset": None, "split": "train", "edit": "e", "text": "t"}
+    assert Source("hub", "owner/name", of_a_table | {"revision": "v1"}).commit == "1" * 40
+    assert Source("hub", "owner/name", of_a_table | {"revision": "c" * 40}).commit == "c" * 40
+    assert Source("hub", str(saved / "alone"), of_a_table).commit is None
+    assert Source("facts").commit is None
 
 
 def test_failures_name_the_data_set(saved, monkeypatch):

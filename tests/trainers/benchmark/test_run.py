@@ -37,6 +37,7 @@ def test_some_cells_alone_are_run_and_the_finished_ones_tabulated(
     }
     table = (tmp_path / "out" / "tables.md").read_text()
     drawn_of = found["facts/batch-4/unedited.json"]["records_available"]
+    assert all(cell["data"] == "facts" for cell in found.values())
     assert table.count(f"The records are drawn of {drawn_of:,}.") == 5
     assert table.count("Not run yet: icl_right_edit.") == 2  # batches of 2 and 4
     assert table.count("Not run yet: icl_right_edit, ft_m.") == 1  # singles
