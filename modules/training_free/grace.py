@@ -231,7 +231,8 @@ class GraceEdited(Edited):
         editor, backbone = self.editor, self.backbone
         new = to_make(editor.name, requests, self.requests)
         rows = encode_targets(backbone, new)
-        book, tuned = self.codebook, {}  # key -> the row that its value is tuned on
+        book = self.codebook
+        tuned: dict[int, list[Scored]] = {}  # key -> the rows that its value is tuned on, one after another
         same = rounded(backbone)
         with tuning(backbone):
             for at in range(0, len(rows), editor.batch_size):
@@ -239,19 +240,18 @@ class GraceEdited(Edited):
                 for row, query in zip(batch, editor.queries(backbone, batch), strict=True):
                     book, fresh = book.place(query, row.ids[row.start :], editor.epsilon, same)
                     if fresh or editor.tune_expanded:
-                        tuned[book.key_of[-1]] = row
+                        tuned.setdefault(book.key_of[-1], []).append(row)
             values = book.values.clone()
-
-            def reread(key: int) -> tuple[int, int]:
-                return len(tuned[key].ids) - editor.begin(tuned[key]), editor.begin(tuned[key])
-
-            keys = sorted(tuned, key=reread)  # by the tokens of a step, then by those before: little padding
             for key in range(len(self.codebook.keys), len(values)):
                 draw = torch.Generator().manual_seed(editor.seed + key)  # the same one by one as all at once
                 values[key] = torch.rand(values.shape[1], generator=draw).to(values)
-            for at in range(0, len(keys), editor.batch_size):
-                some = keys[at : at + editor.batch_size]
-                values[some] = editor.tune(backbone, [tuned[key] for key in some], values[some])
+            for turn in range(max(map(len, tuned.values()), default=0)):
+                of = {key: rows[turn] for key, rows in tuned.items() if turn < len(rows)}
+                # by the tokens of a step, then by those before: little padding
+                keys = sorted(of, key=lambda key: (len(of[key].ids) - editor.begin(of[key]), editor.begin(of[key])))
+                for at in range(0, len(keys), editor.batch_size):
+                    some = keys[at : at + editor.batch_size]
+                    values[some] = editor.tune(backbone, [of[key] for key in some], values[some])
         return GraceEdited(editor, backbone, [*self.requests, *new], replace(book, values=values))
 
     def remove(self, requests: Sequence[EditRequest]) -> "GraceEdited":

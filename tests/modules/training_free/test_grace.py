@@ -1,6 +1,7 @@
 """GRACE: the codebook's three moves, exact answers inside a ball and exactly the model outside."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -256,6 +257,23 @@ def test_an_edit_that_is_taken_in_tunes_its_key_only_when_asked(
             assert edited.codebook.key_of == (0, 0)
             values.append(torch.equal(edited.codebook.values, first.codebook.values))
     assert values == [True, False]
+
+
+def test_a_key_made_and_grown_in_one_call_is_tuned_on_each_of_its_edits(
+    tiny: Callable[..., Backbone], requests: list[EditRequest]
+) -> None:
+    """One after another, as the released code does, which makes each edit by itself."""
+    backbone = tiny()
+    near = [EditRequest(f"City {name} lies in", requests[0].target) for name in "AB"]
+    edits = [requests[0], near[0], requests[1], near[1]]  # the third splits the ball of the first
+    editor = GRACE(layer=1, epsilon=1e3, steps=3, tune_expanded=True)
+    with editor.edit(backbone, edits) as together, ExitStack() as stack:
+        alone = stack.enter_context(editor.edit(backbone, edits[:1]))
+        for edit in edits[1:]:
+            alone = stack.enter_context(alone.edit([edit]))
+        assert together.codebook.key_of == alone.codebook.key_of
+        assert together.codebook.key_of[:2] == (0, 0)
+        torch.testing.assert_close(together.codebook.values, alone.codebook.values)
 
 
 def test_settings_that_cannot_be() -> None:
