@@ -68,6 +68,12 @@ def conflicting(records: Sequence[EditRecord]) -> list[bool]:
     return [contradicted(record) for record in records]
 
 
+def unedited(record: EditRecord) -> list[Query]:
+    """The hops of a case's new chain that no edit of the case is about; none of another source's record."""
+    own = {request.prompt for request in record.requests} | {query.prompt for query in record.rephrases}
+    return [hop for hop in record.portability.get(HOP, ()) if hop.prompt not in own]
+
+
 def _edited(record: EditRecord) -> list[tuple[str, str]]:
     """The cloze and the question of each edit, with its target."""
     clozes = [(request.prompt, request.target) for request in record.requests]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.readers.mquake import unedited
 from datamodules.records import EditRecord, Query
 from datamodules.schedule import Slot
 from datamodules.tensors import Tensors
@@ -230,13 +231,17 @@ def asked_first(record: EditRecord, found: Iterator[T]) -> T:
 
 
 def queries_by_kind(record: EditRecord) -> dict[Kind, list[Query]]:
-    """What a record asks: its edits' own prompts, and the rest of it."""
+    """What a record asks: its edits' own prompts, and the rest of it.
+
+    The hops of MQuAKE's chains that are not edited do not follow from an edit: they are locality.
+    """
+    hops = unedited(record)
     return {
         "request": [Query(r.prompt, (r.target,)) for r in record.requests if r.target],
         "rephrase": list(record.rephrases),
-        "portability": [q for qs in record.portability.values() for q in qs],
+        "portability": [q for qs in record.portability.values() for q in qs if q not in hops],
         "multi_hop": list(record.multi_hop),
-        "locality": [q for qs in record.locality.values() for q in qs],
+        "locality": [*(q for qs in record.locality.values() for q in qs), *hops],
     }
 
 

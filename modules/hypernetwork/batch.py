@@ -195,8 +195,7 @@ class EditCollator:
     def _unchanged(self, draw: random.Random, slot: Slot, slots: Sequence[Slot], subjects: set[str]) -> Query | None:
         """A query that speaks of no subject of the pool, as far as subjects are known."""
         own = _subjects(slot.record)
-        near = [q for qs in slot.record.locality.values() for q in qs]
-        near = [q for q in near if not any(s in q.prompt for s in subjects - own)]
+        near = [q for q in queries_by_kind(slot.record)["locality"] if not any(s in q.prompt for s in subjects - own)]
         edits = [r for s in slots if s.pool != slot.pool for r in s.record.requests if r.target]
         others = [Query(r.prompt, (r.target,)) for r in edits if not any(s in r.prompt for s in subjects)]
         options = (near or others) if self.config.locality_from == "record" else (others or near)

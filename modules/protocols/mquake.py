@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from datamodules.readers.mquake import HOP, conflicting
-from datamodules.records import EditRecord, Query
+from datamodules.readers.mquake import HOP, conflicting, unedited
+from datamodules.records import EditRecord
 from modules.editor import Edited
 from modules.evaluation import Answers
 from modules.judging import Case, Judge, rewrite
@@ -129,7 +129,7 @@ def _judged(
 ) -> list[dict[str, Any]]:
     short = max_new_tokens or 16
     clozes = [request.prompt for case in cases for request in case.requests if request.target]
-    hops = [few_shot.ask_hop(hop.prompt) for case in cases for hop in _unedited(case)]
+    hops = [few_shot.ask_hop(hop.prompt) for case in cases for hop in unedited(case)]
     texts = generated(edited, [*clozes, *hops], short, batch_size)
     questions = [few_shot.ask(query.prompt) for case in cases for query in case.multi_hop]
     long = max_new_tokens or (128 if few_shot.thinks else 16)
@@ -148,9 +148,7 @@ def _result(
         for request in case.requests
         if request.target
     ]
-    known = [
-        float(same_answer(first_line(texts[few_shot.ask_hop(hop.prompt)]), hop.answers)) for hop in _unedited(case)
-    ]
+    known = [float(same_answer(first_line(texts[few_shot.ask_hop(hop.prompt)]), hop.answers)) for hop in unedited(case)]
     answered = [said[few_shot.ask(query.prompt)] for query in case.multi_hop]
     criteria = case.multi_hop[0].criteria
     post = {
@@ -165,12 +163,6 @@ def _result(
         "criteria": list(criteria),
     }
     return {"case_id": case.id, "requested_rewrite": rewrite(case), "post": post}
-
-
-def _unedited(case: EditRecord) -> list[Query]:
-    """The hops of the new chain that no edit of the case is about."""
-    own = {request.prompt for request in case.requests} | {query.prompt for query in case.rephrases}
-    return [hop for hop in case.portability.get(HOP, ()) if hop.prompt not in own]
 
 
 def _whole_chain(case: EditRecord) -> bool:

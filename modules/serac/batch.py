@@ -210,9 +210,10 @@ _IN_SCOPE: tuple[Kind, ...] = ("request", "rephrase", "portability")
 
 def _of_one_edit(record: EditRecord) -> dict[Kind, list[Query]]:
     """What a record asks that its first edit alone decides."""
-    if not record.single:  # it is not said which of its edits these are about
-        record = replace(record, requests=record.requests[:1], rephrases=(), portability={})
     by_kind = queries_by_kind(record)
+    if not record.single:  # it is not said which of its edits these are about
+        by_kind |= {"rephrase": [], "portability": []}
+        by_kind["request"] = queries_by_kind(replace(record, requests=record.requests[:1]))["request"]
     return {kind: queries for kind, queries in by_kind.items() if kind != "multi_hop"}
 
 

@@ -85,6 +85,23 @@ def test_of_several_edits_only_their_own_prompts_are_asked(
     assert not GistCollator(tokenizer, ONLY[kind]).fits(free)  # nothing that is known to be about one of them
 
 
+def test_hops_that_are_not_edited_are_locality(tokenizer: PreTrainedTokenizerBase) -> None:
+    """MQuAKE's chain "the capital of where Zoe lives" rests on one hop that the edit does not change."""
+    record = EditRecord(
+        "case",
+        (EditRequest("Zoe lives in", "Japan", "Zoe"),),
+        (Query("Where does Zoe live?", ("Japan",)),),
+        portability={"single_hop": (Query("Where does Zoe live?", ("Japan",)), Query("Japan's capital?", ("Tokyo",)))},
+    )
+    rates: dict[Kind, float] = {"portability": 1.0, "locality": 1.0}
+    batch = GistCollator(tokenizer, QueryConfig(per_record=20, rates=rates))(slots([record]))
+    asked = texts(tokenizer, batch.queries, batch.queries_mask)
+    assert set(zip(asked, batch.golden.tolist(), strict=True)) == {
+        ("Where does Zoe live? Japan", 0),
+        ("Japan's capital? Tokyo", -1),
+    }
+
+
 def test_locality_queries_have_no_golden_edit(tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]) -> None:
     batch = GistCollator(tokenizer, ONLY["locality"])(slots(records))
     assert batch.golden.tolist() == [-1] * 4

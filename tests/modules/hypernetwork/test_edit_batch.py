@@ -52,6 +52,19 @@ def test_the_prompt_itself_or_what_follows_from_it(records: list[EditRecord], ra
     assert all(wanted in text for text in texts(batch.queries, batch.queries_mask))
 
 
+def test_hops_that_are_not_edited_are_locality() -> None:
+    record = EditRecord(
+        "case",
+        (EditRequest("Zoe lives in", "Japan", "Zoe"),),
+        (Query("Where does Zoe live?", ("Japan",)),),
+        portability={"single_hop": (Query("Where does Zoe live?", ("Japan",)), Query("Japan's capital?", ("Tokyo",)))},
+    )
+    batch = collate([record], rates={"portability": 1.0}, generality=8)
+    asked = texts(batch.queries, batch.queries_mask)
+    assert asked == ["Where does Zoe live? Japan"] * 8 + ["Japan's capital? Tokyo"]
+    assert batch.in_scope.tolist() == [True] * 8 + [False]
+
+
 def test_others_edits_as_locality(records: list[EditRecord]) -> None:
     batch = collate(records, locality_from="others")
     asked = texts(batch.queries, batch.queries_mask)[1::2]

@@ -123,6 +123,20 @@ def test_of_several_edits_the_first_is_asked_by_its_own_prompt(
     assert asked == [first.request.prompt] * 8
 
 
+def test_hops_that_are_not_edited_are_out_of_scope(collate: Callable[..., SeracBatch]) -> None:
+    record = EditRecord(
+        "case",
+        (EditRequest("Zoe lives in", "Japan", "Zoe"),),
+        (Query("Where does Zoe live?", ("Japan",)),),
+        portability={"single_hop": (Query("Where does Zoe live?", ("Japan",)), Query("Japan's capital?", ("Tokyo",)))},
+    )
+    batch = collate(slots([record], [0]), positives=8, rates={"portability": 1.0})
+    inside = batch.positive.sum(1) > 0
+    asked = [text(*row) for row in zip(batch.queries, batch.queries_mask, strict=True)]
+    told = set(zip(asked, inside.tolist(), strict=True))
+    assert told == {("Where does Zoe live?", True), ("Japan's capital?", False)}
+
+
 def test_an_answer_without_a_prompt_is_scored_where_both_models_have_its_tokens(
     collate: Callable[..., SeracBatch],
 ) -> None:
