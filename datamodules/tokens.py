@@ -31,7 +31,12 @@ class Encoded:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = "", context: str = "", bos: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    target: str = "",
+    context: str = "",
+    bos: bool = True,
+    after: str = "",
 ) -> Encoded:
     """Tokenise `context + prompt + target` and find the target by character offsets.
 
@@ -39,6 +44,9 @@ def encode(
     target begins with the first token that reaches into it or, where the space before it is a token of its own, as
     before numbers in Llama 3, Qwen and SmolLM2, with that: nobody gives a model the space that it has to write. A BOS
     stands in front exactly when the tokenizer puts one there itself, and only with `bos`; an EOS is never appended.
+
+    Args:
+        after: text that all this follows, where that is read by itself, once for many: no token is of it.
 
     Raises:
         ValueError: if the text is empty, or the target is white space.
@@ -49,7 +57,7 @@ def encode(
         raise ValueError("nothing to tokenise: prompt, target and context are all empty")
     if target and not target.strip():
         raise ValueError(f"the target after {prompt!r} is nothing but white space: {target!r}")
-    ids, offsets = _tokens(tokenizer, text, bos)
+    ids, offsets = _tokens(tokenizer, text, bos, after)
     start = len(ids)
     if target:
         target_char = len(text) - len(target.lstrip())
@@ -111,8 +119,10 @@ def windows(
     room = length - len(head)
     waiting: list[int] = []
     left = tokens
+    before = ""
     for text in texts:
-        waiting += tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
+        waiting += _tokens(tokenizer, text + "\n\n", bos=False, after=before)[0]
+        before = "\n"
         while len(waiting) >= room and left > 0:
             window = (*head, *waiting[:room])[:left]
             yield window
@@ -123,11 +133,24 @@ def windows(
         yield (*head, *waiting)[:left]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Ids of a text and the characters [start, end) of each; a BOS has none."""
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    head: list[Any] = [tokenizer.bos_token_id] if bos and adds_bos(tokenizer) else []
-    return (*head, *out["input_ids"]), [_NOWHERE] * len(head) + [(start, end) for start, end in out["offset_mapping"]]
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, bos: bool, after: str = ""
+) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Ids of a text and the characters [start, end) of each; a BOS has none.
+
+    Tokenizers that mark words (SentencePiece, Llama 2) put a space before a text's first one. A text that follows
+    another is tokenised behind the last character of that one, and is given no such space; byte-level tokenizers give
+    the same ids either way. Where a token reaches over both, the text is tokenised alone.
+    """
+    out = tokenizer(after[-1:] + text, add_special_tokens=False, return_offsets_mapping=True)
+    found: list[Any] = list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+    if after:
+        lead = tokenizer(after[-1], add_special_tokens=False)["input_ids"]
+        if [i for i, _ in found[: len(lead)]] != lead:
+            return _tokens(tokenizer, text, bos)
+        found = [(i, (start - 1, end - 1)) for i, (start, end) in found[len(lead) :]]
+    head: list[Any] = [(tokenizer.bos_token_id, _NOWHERE)] if bos and adds_bos(tokenizer) else []
+    return tuple(i for i, _ in (*head, *found)), [(start, end) for _, (start, end) in (*head, *found)]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -120,7 +120,7 @@ class Edited:
             ValueError: where context, prompt and target together do not fit the context window.
         """
         rows = [
-            encode(self.backbone.tokenizer, p, t, bos=self.bos and not self.context)
+            encode(self.backbone.tokenizer, p, t, bos=self.bos and not self.context, after=self.context)
             for p, t in zip(prompts, targets, strict=True)
         ]
         return self._score_rows(rows, batch_size, top_k)
@@ -167,7 +167,8 @@ class Edited:
         Raises:
             ValueError: for an empty prompt, or where a continuation would leave the context window.
         """
-        rows = [encode(self.backbone.tokenizer, p, bos=self.bos and not self.context).ids for p in prompts]
+        bos, after = self.bos and not self.context, self.context
+        rows = [encode(self.backbone.tokenizer, p, bos=bos, after=after).ids for p in prompts]
         return self._generate_rows(rows, max_new_tokens, batch_size)
 
     def _generate_rows(self, rows: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> list[str]:

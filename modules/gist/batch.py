@@ -108,7 +108,7 @@ class GistCollator:
         self.tokenizer = tokenizer
         self.config = config
         self.bos = bos and adds_bos(tokenizer)
-        self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        self.newline = encode(tokenizer, "\n", bos=False, after=".").ids
 
     def fits(self, record: EditRecord) -> bool:
         """Whether a record is short enough to train on (paper, section 1.5 of the methods page), and asks anything."""

@@ -1,6 +1,7 @@
 """Prompts and targets to tokens: one rule for spaces, offsets across merges, and a BOS only where it belongs."""
 
 import pytest
+from marked_words import marked
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -88,6 +89,26 @@ def test_the_same_ids_as_running_text() -> None:
     for prompt, target in (("Lyon is in", "Japan"), ("a", "p"), ("n ", "n")):
         row = encode(tokenizer, prompt, target, context="On Jap.\n")
         assert list(row.ids) == tokenizer(tokenizer.decode(row.ids))["input_ids"]
+
+
+@pytest.mark.parametrize("before", ["Lyon.\n", "Lyon is\n\n", "Lyon"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_text_after_a_context_that_is_read_by_itself(before: str, scheme: str) -> None:
+    """Its tokens are those of the whole text, without the space that such tokenizers put before a text."""
+    tokenizer = marked(scheme)
+    whole = encode(tokenizer, "Lyon is in", "Japan", context=before)
+    row = encode(tokenizer, "Lyon is in", "Japan", after=before)
+    assert encode(tokenizer, before).ids + row.ids == whole.ids
+    assert row.target_ids == whole.target_ids
+    assert tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["▁Japan"]
+    assert encode(tokenizer, "", "Japan", after="\n").target_start == 0
+
+
+@pytest.mark.parametrize("before", ["n", "n ", "n\n", "n\n\n"])
+@pytest.mark.parametrize("text", ["in Japan", " in", "\nin", "\n\n in", "Öl", "🙂"])
+def test_bytes_are_the_same_after_a_context(before: str, text: str) -> None:
+    tokenizer = bpe([("n", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "J"), ("ĊĊ", "Ċ")])
+    assert encode(tokenizer, text, "Ja", after=before) == encode(tokenizer, text, "Ja")
 
 
 @pytest.mark.parametrize("eos", [False, True])
@@ -187,6 +208,11 @@ def test_windows_of_running_text(bos: bool) -> None:
     running = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
     assert [i for w in found for i in w[bos:]] == list(running)[: 25 - 5 * bos]
     assert [len(w) for w in windows(tokenizer, ["abc"], 6, 25)] == [5 + bos]  # all there is
+
+
+def test_windows_of_marked_words() -> None:
+    (found,) = windows(marked(), ["Lyon is in", "Japan is in"], 100, 100)
+    assert found == encode(marked(), "Lyon is in\n\nJapan is in\n\n").ids
 
 
 def test_a_continuation_keeps_the_space_before_it() -> None:

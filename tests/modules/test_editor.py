@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marked_words import marked
 
 from datamodules.records import EditRequest
-from datamodules.tokens import encode
+from datamodules.tokens import continuation, encode
 from modules.backbone import Backbone, BackboneConfig, load_backbone
 from modules.editor import Edited
 from modules.training_free.icl import InContext, RightEdit, Unedited
@@ -83,6 +84,17 @@ def test_the_most_probable_tokens_are_given_where_they_are_asked_for(backbone: B
         assert torch.equal(score.top[:, 0], score.predicted)
         assert without.top.shape == (len(without.target), 0)
         assert torch.equal(score.log_probs, without.log_probs)
+
+
+def test_words_after_a_context_are_those_of_one_text(backbone: Backbone) -> None:
+    """Llama 2's tokenizer puts a space before a text's first word, which a prompt after a context must not have."""
+    edited = Edited(replace(backbone, tokenizer=marked()), context="Lyon is in Japan.\n")
+    (score,) = edited.score(["Lyon is in"], ["Japan"])
+    row = encode(marked(), "Lyon is in", "Japan", context=edited.context)
+    step = logits(backbone, list(row.ids))[row.target_start - 1 : -1].log_softmax(-1)
+    torch.testing.assert_close(score.log_probs, step[range(len(step)), list(row.target_ids)], atol=2e-4, rtol=1e-4)
+    (text,) = edited.generate(["Lyon is in"], 1)
+    assert text == continuation(marked(), row.ids[:-1], [int(step[0].argmax())])
 
 
 def test_tokens_before_a_prompt_are_those_of_the_context(backbone: Backbone) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marked_words import marked
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import EditRecord, EditRequest, Query
@@ -100,6 +101,12 @@ def test_hops_that_are_not_edited_are_locality(tokenizer: PreTrainedTokenizerBas
         ("Where does Zoe live? Japan", 0),
         ("Japan's capital? Tokyo", -1),
     }
+
+
+def test_the_line_break_after_an_edit_is_no_word() -> None:
+    """Alone it would have the space that such tokenizers put before a text."""
+    found = GistCollator(marked(), QueryConfig()).newline
+    assert marked().convert_ids_to_tokens(list(found)) == ["<0x0A>"]
 
 
 def test_locality_queries_have_no_golden_edit(tokenizer: PreTrainedTokenizerBase, records: list[EditRecord]) -> None:
