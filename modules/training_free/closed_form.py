@@ -15,6 +15,9 @@ By the push-through identity this is R K' (weight C + K K')^-1 of MEMIT, and P K
 Keys that must keep what they give (COMEBA-HK, AlphaEdit: all earlier edits) are columns of K with r = 0. The factors a
 [n, d_in] and r [n, d_out] are those of `interventions.Deltas`: no weight is ever written to, or made.
 
+That system is as large as there are keys. With more of them than the layer has inputs the same D is R K' (weight I +
+M K K')^-1 M, whose system is [f, f].
+
 n new and m earlier edits, f = d_in.
 """
 
@@ -112,6 +115,11 @@ def solve(metric: Metric, keys: Tensor, weight: float, earlier: Tensor | None = 
         ValueError: with weight 0, where keys depend on one another.
     """
     every = keys if earlier is None else torch.cat([earlier.to(keys), keys])  # [m + n, f]
+    if weight and len(every) > every.shape[1]:
+        wide = every.double()
+        inputs = metric(wide.T @ wide)  # (M K K')', [f, f]
+        inputs.diagonal().add_(weight)
+        return metric(torch.linalg.solve(inputs, keys.double().T).T)
     moved = metric(every)  # M k
     system = every.double() @ moved.T  # K' M K
     system = (system + system.T) / 2

@@ -88,6 +88,21 @@ def test_projected_ridge_is_alphaedits_normal_equations() -> None:
     np.testing.assert_allclose(found @ vectors[:, values >= limit], 0, atol=1e-10)  # other inputs give what they gave
 
 
+@pytest.mark.parametrize("old", [0, 30])
+def test_more_keys_than_inputs_take_a_system_of_the_inputs(old: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits on top of thousands of others, or thousands at once."""
+    vectors = np.linalg.eigh(C)[1]
+    free = vectors[:, : F // 2] @ vectors[:, : F // 2].T
+    metrics = Inverse(torch.from_numpy(C)), Projection(torch.from_numpy(vectors[:, F // 2 :].copy())), Identity()
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", None)  # of a system of the keys
+    keys = DRAW.standard_normal((F, old + 20))
+    residual = np.hstack([np.zeros((D, old)), DRAW.standard_normal((D, 20))])
+    for metric, m in zip(metrics, (np.linalg.inv(C), free, np.eye(F)), strict=True):
+        expected = residual @ np.linalg.inv(2.0 * np.eye(len(keys.T)) + keys.T @ m @ keys) @ keys.T @ m
+        found = solve(metric, rows(keys[:, old:]), 2.0, rows(keys[:, :old]) if old else None)
+        np.testing.assert_allclose(delta(found, residual[:, old:]), expected, rtol=1e-8, atol=1e-11)
+
+
 def test_accumulated_batches_are_one_solve_over_all_edits() -> None:
     """COMEBA-HK: what each batch adds, with the keys of earlier ones remembered and residuals at the weight so far, is
     one ridge regression over all of them (eq. 13 against eq. 9)."""
