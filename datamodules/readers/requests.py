@@ -16,7 +16,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     `subject`, or with `text`, a whole statement. Any other file: one statement a line.
 
     Raises:
-        ValueError: for a file that is missing or empty.
+        ValueError: for a file that is missing, empty or not utf-8.
         MalformedRecord: naming file, row and field.
     """
     path = Path(path)
@@ -24,7 +24,11 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     if not name.endswith((".json", ".jsonl")):
         if not path.is_file():
             raise ValueError(f"no such file of edits: {path}")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark, which is no text
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in utf-8 ({error}); convert it") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{path} is empty: write one edit a line, or JSON with prompt and target")
         return [EditRequest(text=line) for line in lines]

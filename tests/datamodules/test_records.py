@@ -69,6 +69,9 @@ def test_requests_from_files(tmp_path: Path) -> None:
     lines = tmp_path / "edits.txt"
     lines.write_text("Lyon is in Japan.\n\n  東京 is in Peru. \n", encoding="utf-8")
     assert [r.statement for r in read_requests(lines)] == ["Lyon is in Japan.", "東京 is in Peru."]
+    marked = tmp_path / "marked.txt"
+    marked.write_text("Lyon is in Japan.\n", encoding="utf-8-sig")
+    assert read_requests(marked) == [EditRequest(text="Lyon is in Japan.")]
     rows = tmp_path / "edits.jsonl"
     rows.write_text(
         '{"prompt": "Lyon is in", "target": "Japan", "subject": "Lyon"}\n'
@@ -98,6 +101,12 @@ def test_bad_files_of_requests_are_named(
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, MalformedRecord), match=error):
         read_requests(tmp_path / name)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_text("Zürich is in Peru.", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"e\.txt is no text in utf-8"):
+        read_requests(tmp_path / "e.txt")
 
 
 def test_a_missing_file_of_requests_is_named(tmp_path: Path) -> None:
