@@ -1,6 +1,7 @@
 """Sources of records as one data set: Arrow on disk, memory-mapped, so that millions of records cost no RAM."""
 
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -288,8 +289,19 @@ def _code() -> str:
 
 def _filtered(table: datasets.Dataset, fits: Callable[[EditRecord], bool], workers: int) -> datasets.Dataset:
     processes = workers if workers > 1 and len(table) > _SPREAD_ABOVE else None
-    return table.filter(_row_fits, input_columns=["record"], fn_kwargs={"fits": fits}, num_proc=processes)
+    told = {"fits": fits, "code": _code_of(fits)}  # arguments are a part of the cache's key
+    return table.filter(_row_fits, input_columns=["record"], fn_kwargs=told, num_proc=processes)
 
 
-def _row_fits(record: str, fits: Callable[[EditRecord], bool]) -> bool:
+def _code_of(fits: Callable[[EditRecord], bool]) -> str:
+    """A hash of the project's code that decides what fits: of its module, and of those that this one imports from. By
+    itself the cache knows a function by its name alone."""
+    own = "datamodules", fits.__module__.partition(".")[0]
+    imported = [getattr(value, "__module__", None) or "" for value in vars(sys.modules[fits.__module__]).values()]
+    names = sorted({name for name in (fits.__module__, *imported) if name.partition(".")[0] in own})
+    files = [file for name in names if (file := getattr(sys.modules.get(name), "__file__", None))]
+    return sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def _row_fits(record: str, fits: Callable[[EditRecord], bool], code: str) -> bool:
     return fits(EditRecord.from_json(record))

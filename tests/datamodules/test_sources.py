@@ -1,8 +1,10 @@
 """Sources: files to one Arrow data set, its cache, its mixture and its errors."""
 
 import gzip
+import importlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -146,6 +148,19 @@ def test_the_filter_is_told_and_cached(tmp_path: Path, caplog: pytest.LogCapture
 
 def short(record: EditRecord) -> bool:
     return int(record.id[1:]) < 3
+
+
+def test_a_filter_whose_code_changed_is_run_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself the cache knows a collator by its name and its settings alone."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two texts of one length and second
+    data = load([Source("records", write(tmp_path / "a.jsonl", 6))], str(tmp_path / "cache"))
+    for count in (2, 4):
+        code = f"class Collator:\n    def fits(self, record): return int(record.id[1:]) < {count}"
+        (tmp_path / "of_fits.py").write_text(code)
+        module = importlib.reload(importlib.import_module("of_fits"))
+        assert len(keep(data, module.Collator().fits, "train")) == count
+    monkeypatch.delitem(sys.modules, "of_fits")
 
 
 def test_a_relative_path_is_looked_for_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
