@@ -18,6 +18,7 @@ from datamodules.tokens import encode, pad, pad_id
 from modules.asked import parts_of
 from modules.backbone import Backbone
 from modules.editor import Edited, TargetScore, TrainedEditor
+from modules.evaluating import evaluating
 from modules.fingerprint import weights_hash
 from modules.gist.model import GistModel
 from modules.gist.pool import GistPool
@@ -197,13 +198,8 @@ class GistEditor(TrainedEditor):
                 f"this editor was trained on {own.config.source!r} ({own.model.config.model_type}); it cannot edit "
                 f"{backbone.config.source!r} ({backbone.model.config.model_type})"
             )
-        training = [m for m in self.model.modules() if m.training]  # a frozen part may be in eval mode by itself
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             yield GistEdited(self.model, [], GistPool()).add(requests)
-        finally:
-            for module in training:
-                module.training = True
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from datamodules.records import EditRequest
 from modules import delta_edited
 from modules.backbone import Backbone
 from modules.editor import TrainedEditor
+from modules.evaluating import evaluating
 from modules.gradients import gradient_factors
 from modules.hypernetwork.batch import encode_edit, padded
 from modules.hypernetwork.network import Hypernetwork
@@ -129,10 +130,5 @@ class DeltaEditor(TrainedEditor):
                 f"this editor was trained on {own.config.source!r} ({own.model.config.model_type}); it cannot edit "
                 f"{backbone.config.source!r} ({backbone.model.config.model_type})"
             )
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             yield DeltaEdited(self.model, backbone).add(requests)
-        finally:
-            for module in training:
-                module.training = True

@@ -16,12 +16,12 @@ from transformers import DynamicCache
 from datamodules.records import EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
-from modules.delta_edited import DeltaEdited
 from modules.editor import Editor
 from modules.from_layer import entering, from_layer
 from modules.hypernetwork.batch import scored
-from modules.interventions import Deltas, linear, shape
+from modules.interventions import Deltas, linear
 from modules.training_free.locate import layer_of
+from modules.training_free.method_edited import MethodEdited
 from modules.training_free.shared import encode_targets, to_make, tuning
 
 Before = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
@@ -100,32 +100,10 @@ def answers(request: EditRequest) -> tuple[str, str]:
     return request.old_target or "", request.target
 
 
-class KnowledgeEdited(DeltaEdited):
+class KnowledgeEdited(MethodEdited):
     """A backbone with the values of some neurons changed: of each edit and layer a term of rank one."""
 
-    def __init__(
-        self,
-        editor: KN,
-        backbone: Backbone,
-        requests: Sequence[EditRequest] = (),
-        deltas: Mapping[str, Deltas] | None = None,
-        memory: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(backbone, requests, deltas, memory)
-        self.editor = editor
-
-    @property
-    def method(self) -> str:
-        return type(self.editor).__name__
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        return {name: shape(self.backbone.model, name) for name in self.editor.names(self.backbone)}
-
-    def like(
-        self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]
-    ) -> "KnowledgeEdited":
-        return KnowledgeEdited(self.editor, self.backbone, requests, deltas, memory)
+    editor: KN
 
     def add(self, requests: Sequence[EditRequest]) -> "KnowledgeEdited":
         with torch.inference_mode(False):

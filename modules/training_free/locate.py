@@ -12,12 +12,13 @@ from torch import Tensor
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
-from modules.delta_edited import DeltaEdited
 from modules.editor import Editor
+from modules.evaluating import evaluating
 from modules.fingerprint import tensors_hash
-from modules.interventions import Deltas, shape
+from modules.interventions import Deltas
 from modules.training_free.held import Held
-from modules.training_free.subject import Row, evaluating, require_subjects, row, subject_states
+from modules.training_free.method_edited import MethodEdited
+from modules.training_free.subject import Row, require_subjects, row, subject_states
 from modules.training_free.templates import Contexts
 
 
@@ -37,27 +38,10 @@ def layer_numbers(backbone: Backbone, layers: Sequence[int | float]) -> list[int
     return sorted({i % count for i in found})
 
 
-class LocatedEdited(DeltaEdited):
+class LocatedEdited(MethodEdited):
     """A backbone with the edits of a method that locates facts."""
 
-    def __init__(
-        self,
-        editor: "LocateEditor",
-        backbone: Backbone,
-        requests: Sequence[EditRequest] = (),
-        deltas: Mapping[str, Deltas] | None = None,
-        memory: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(backbone, requests, deltas, memory)
-        self.editor = editor
-
-    @property
-    def method(self) -> str:
-        return type(self.editor).__name__
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        return {name: shape(self.backbone.model, name) for name in self.editor.names(self.backbone)}
+    editor: "LocateEditor"
 
     def state(self, found: Mapping[str, Deltas] | None = None) -> str:
         """A hash of all that is in force in this model's passes, and of what was `found` beyond it; "" for nothing."""
@@ -65,14 +49,9 @@ class LocatedEdited(DeltaEdited):
         tensors = {f"{name}.{part}": getattr(d, part) for name, d in each.items() for part in d._fields}
         return tensors_hash(tensors) if tensors else ""
 
-    def like(
-        self, requests: Sequence[EditRequest], deltas: Mapping[str, Deltas], memory: Mapping[str, Tensor]
-    ) -> "LocatedEdited":
-        return type(self)(self.editor, self.backbone, requests, deltas, memory)
-
     def further(self, requests: Sequence[EditRequest]) -> tuple[dict[str, Deltas], dict[str, Tensor]]:
         require_subjects(self.editor.name, requests)
-        with torch.no_grad(), evaluating(self.backbone):
+        with torch.no_grad(), evaluating(self.backbone.model):
             return self.editor.find(self, requests)
 
 

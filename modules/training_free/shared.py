@@ -1,9 +1,7 @@
 """What the editors that tune or remember share: which requests they take, and how their state is kept."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,8 +12,9 @@ from torch import Tensor
 from datamodules.records import EditRequest
 from datamodules.tokens import encode
 from modules.backbone import Backbone
+from modules.evaluating import evaluating
 from modules.hypernetwork.batch import Scored, scored
-from modules.saved_edits import left_to_make
+from modules.saved_edits import left_to_make, read_edits, write_edits
 
 Layer = int | float  # see `locate.layer_numbers`
 
@@ -64,14 +63,8 @@ def kept(requests: Sequence[EditRequest], gone: Sequence[EditRequest]) -> list[i
 @contextmanager
 def tuning(backbone: Backbone) -> Iterator[None]:
     """Gradients on and dropout off, whatever is around; the backbone's flags are put back."""
-    training = [module for module in backbone.model.modules() if module.training]
-    with torch.inference_mode(False), torch.enable_grad():
-        backbone.model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(backbone.model):
+        yield
 
 
 # ---------------------------------------------------------------------- state in a folder
@@ -82,8 +75,7 @@ def save_state(folder: Path, method: str, requests: Sequence[EditRequest], tenso
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(flat, folder / "edits.safetensors", {"method": method})
-    lines = [asdict(request) for request in requests]
-    (folder / "edits.json").write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_edits(folder, requests)
 
 
 def load_state(folder: Path, method: str, device: torch.device) -> tuple[list[EditRequest], dict[str, Tensor]]:
@@ -92,9 +84,7 @@ def load_state(folder: Path, method: str, device: torch.device) -> tuple[list[Ed
     Raises:
         ValueError: where the folder holds no edits, or those of another method.
     """
-    for name in ("edits.safetensors", "edits.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no {name}; give a folder that an edited model was saved to")
+    requests = read_edits(folder, "edits.safetensors")
     try:
         with torch.inference_mode(False), safe_open(folder / "edits.safetensors", "pt", device=str(device)) as file:
             wrote = (file.metadata() or {}).get("method")
@@ -103,5 +93,4 @@ def load_state(folder: Path, method: str, device: torch.device) -> tuple[list[Ed
         raise ValueError(f"{folder / 'edits.safetensors'} cannot be read: {error}; make its edits again") from error
     if wrote != method:
         raise ValueError(f"the edits in {folder} were made by {wrote}, not by {method}")
-    requests = [EditRequest(**line) for line in json.loads((folder / "edits.json").read_text(encoding="utf-8"))]
     return requests, tensors

@@ -131,16 +131,3 @@ def _watching(model: nn.Module, wanted: set[tuple[str, bool]], got: dict[str, Te
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(backbone: Backbone) -> Iterator[None]:
-    """No dropout and no recomputation, which would throw the cached keys away; modes are put back after."""
-    training = [m for m in backbone.model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 
 from datamodules.records import EditRequest
 from modules.backbone import Backbone
+from modules.evaluating import evaluating
 from modules.training_free.kept_values import KeptValues, Values, joined, key_of
 from modules.training_free.places import add, added, initial_outputs
 from modules.training_free.prepared import Prepared, Prompt, prepare
-from modules.training_free.subject import evaluating, row
+from modules.training_free.subject import row
 from modules.training_free.value_options import EAC, Place, ValueOptions
 
 
@@ -158,7 +159,7 @@ def _search(
             for e, r in enumerate(requests)
         ]
     bare = [row(backbone, r.prompt, str(r.subject)) for r in requests]
-    with torch.enable_grad(), evaluating(backbone):
+    with torch.enable_grad(), evaluating(backbone.model):
         initial = initial_outputs(backbone, bare, layer, place)  # [E, p, d]
         inside = place == "attention and mlp" or layer + 1 == len(backbone.layers)
         start = layer if inside else layer + 1

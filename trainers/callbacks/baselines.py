@@ -19,7 +19,7 @@ from modules.fingerprint import weights_hash, weights_sum
 from modules.metrics import summarise
 from modules.protocols.conditions import have_conditions
 from modules.training_free.known import known_as
-from trainers.callbacks.common import as_loaded, by_hand, gather, seed_all, trained_editor, untouched, writers
+from trainers.callbacks.common import EveryNth, as_loaded, by_hand, gather, seed_all, trained_editor, untouched, writers
 from trainers.drawing.curves import comparison
 from trainers.editors import TrainingFree, training_free
 from trainers.made_of import of_facts, of_model
@@ -81,11 +81,10 @@ class Baselines(L.Callback):
                 "every_n_validations must not be negative, pool_size, records and batch_size at least 1: "
                 f"{every_n_validations}, {pool_size}, {records}, {batch_size}"
             )
-        self.every_n_validations, self.pool_size, self.records = every_n_validations, pool_size, records
+        self.validations, self.pool_size, self.records = EveryNth(every_n_validations), pool_size, records
         self.options = {"exact_match": exact_match, "batch_size": batch_size}
         self.disk = ResultCache(cache_dir) if cache else None
         self.seed = seed
-        self._validations = 0
         self._likewise = bool(pool_size or records)  # whether the trained editor is evaluated here too
         self._kept: tuple[Pools, Pools] | None = None  # the pools, and what is asked of them where there are conditions
         self._together = 0  # edits of one pool
@@ -97,12 +96,8 @@ class Baselines(L.Callback):
         self._curve: list[tuple[int, dict[str, float]]] = []
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
         self._trained = None
-        n = self.every_n_validations
-        if (self._validations - 1) % n if n else self._validations > 1:
+        if not self.validations.looks(trainer):
             return
         pools = self._pools(trainer)
         self._others = {}

@@ -11,7 +11,7 @@ from datamodules.records import EditRecord
 from datamodules.schedule import Slot
 from modules.gradients import gradient_factors
 from modules.trained.ibke import IBKE, IbkeNetwork
-from trainers.callbacks.common import untouched, validation_records, writers
+from trainers.callbacks.common import EveryNth, untouched, validation_records, writers
 from trainers.drawing.bottleneck import latents_by_relation, token_scales
 
 CHUNK = 16  # edits of one pass
@@ -60,18 +60,14 @@ class BottleneckFigures(L.Callback):
             raise ValueError(
                 f"records must be at least 2 and every_n_validations at least 1: {records}, {every_n_validations}"
             )
-        self.records, self.examples, self.every_n_validations = records, examples, every_n_validations
-        self._validations = 0
+        self.records, self.examples, self.validations = records, examples, EveryNth(every_n_validations)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, IBKE):
             raise TypeError(f"{type(pl_module).__name__} has no bottlenecks; take BottleneckFigures out")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
-        if (self._validations - 1) % self.every_n_validations:
+        if not self.validations.looks(trainer):
             return
         assert isinstance(pl_module, IBKE)
         with untouched(pl_module):

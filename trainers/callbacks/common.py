@@ -121,6 +121,25 @@ def as_loaded(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
+class EveryNth:
+    """Which validations a callback looks at: the first one, and every n-th after it.
+
+    Args:
+        n: 0 for the first one alone.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.seen = 0
+
+    def looks(self, trainer: L.Trainer) -> bool:
+        """Whether at this validation, which is counted; sanity checks are none."""
+        if trainer.sanity_checking:
+            return False
+        self.seen += 1
+        return (self.seen - 1) % self.n == 0 if self.n else self.seen == 1
+
+
 @contextmanager
 def by_hand(module: L.LightningModule) -> Iterator[Backbone]:
     """The run's unedited model, as whoever loads it by itself has it: whole, as loaded, with gradients where they are

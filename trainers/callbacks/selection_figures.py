@@ -6,7 +6,7 @@ import lightning as L
 
 from modules.gist.analysis import Profile, Selection, in_and_out_of_scope, profile, right_and_wrong
 from modules.gist.editor import GistEdited, GistEditor
-from trainers.callbacks.common import trained_editor, untouched, validation_records, writers
+from trainers.callbacks.common import EveryNth, trained_editor, untouched, validation_records, writers
 from trainers.drawing.selection import heat_map, layer_profile, token_trace
 
 
@@ -30,14 +30,10 @@ class SelectionFigures(L.Callback):
     def __init__(self, records: int = 24, examples: int = 4, every_n_validations: int = 1) -> None:
         if records < 1 or every_n_validations < 1:
             raise ValueError(f"records and every_n_validations must be at least 1: {records}, {every_n_validations}")
-        self.records, self.examples, self.every_n_validations = records, examples, every_n_validations
-        self._validations = 0
+        self.records, self.examples, self.validations = records, examples, EveryNth(every_n_validations)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
-        if (self._validations - 1) % self.every_n_validations:
+        if not self.validations.looks(trainer):
             return
         editor = trained_editor(pl_module).editor()
         if not isinstance(editor, GistEditor):

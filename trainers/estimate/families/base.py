@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from trainers.estimate.weightless import Weightless
 
 MODEL = "--model.init_args."
+LEAST_CHUNK = 256  # tokens; with fewer, logits are no longer what needs memory
 
 
 class Family(ABC):
@@ -92,3 +94,17 @@ class Family(ABC):
     def changes(self, found: Estimate) -> Iterator[tuple[str, Plan]]:
         """What can be changed in such a module to save memory, as arguments and as a plan: from what leaves the result
         as it is to what trains something else."""
+
+
+def shorter_chunk(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """See `Family.changes`: the logits of fewer tokens at one time."""
+    if plan.module.loss.chunk > LEAST_CHUNK:
+        loss = replace(plan.module.loss, chunk=LEAST_CHUNK)
+        yield f"{MODEL}loss.chunk {LEAST_CHUNK}", plan.altered(loss=loss)
+
+
+def half_backbone(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """See `Family.changes`: the language model in bfloat16."""
+    if plan.module.backbone_config.dtype == "float32":
+        backbone = replace(plan.module.backbone_config, dtype="bfloat16")
+        yield f"{MODEL}backbone.dtype bfloat16", plan.altered(backbone_config=backbone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 from modules.distill.loss import Full, Taught, Top
 from modules.distill.queries import DistillBatch, Question
 from modules.trained import DistillMIKE
-from trainers.estimate.families.base import MODEL, Family
+from trainers.estimate.families.base import Family, half_backbone, shorter_chunk
 
 if TYPE_CHECKING:
     from trainers.estimate.plan import Plan
     from trainers.estimate.totals import Estimate
 
 _REPHRASES = 2  # of a record, where the settings take all: CounterFact's number
-_LEAST_CHUNK = 256  # tokens; with fewer, logits are no longer what needs memory
 
 
 @dataclass
@@ -115,11 +114,8 @@ class Distillation(Family):
         return every if asked.per_record is None else min(every, asked.per_record)
 
     def changes(self, found: Estimate) -> Iterator[tuple[str, Plan]]:
-        plan, module = found.plan, found.plan.module
-        if module.loss.chunk > _LEAST_CHUNK:
-            yield f"{MODEL}loss.chunk {_LEAST_CHUNK}", plan.altered(loss=replace(module.loss, chunk=_LEAST_CHUNK))
+        plan = found.plan
+        yield from shorter_chunk(plan)
         if plan.compute == torch.float32 and not plan.card.cpu:
             yield "--trainer.precision bf16-mixed", plan.altered(precision="bf16-mixed")
-        if module.backbone_config.dtype == "float32":
-            backbone = replace(module.backbone_config, dtype="bfloat16")
-            yield f"{MODEL}backbone.dtype bfloat16", plan.altered(backbone_config=backbone)
+        yield from half_backbone(plan)

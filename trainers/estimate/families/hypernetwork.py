@@ -20,7 +20,7 @@ from modules.hypernetwork.batch import EditBatch
 from modules.hypernetwork.module import GradientEditor
 from modules.hypernetwork.statistics import RunningStatistics
 from modules.interventions import Deltas, LowRank
-from trainers.estimate.families.base import MODEL, Family
+from trainers.estimate.families.base import MODEL, Family, half_backbone, shorter_chunk
 
 if TYPE_CHECKING:
     from trainers.estimate.plan import Plan
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from trainers.estimate.weightless import Weightless
 
 _SIZE = {"mend": "rank", "ibke": "width"}  # by method: the setting that its hypernetwork's size goes with
-_LEAST_CHUNK = 256  # tokens; with fewer, logits are no longer what needs memory
 
 
 class Hypernetworks(Family):
@@ -115,12 +114,8 @@ class Hypernetworks(Family):
 
     def changes(self, found: Estimate) -> Iterator[tuple[str, Plan]]:
         plan, module = found.plan, found.plan.module
-        if module.loss.chunk > _LEAST_CHUNK:
-            loss = replace(module.loss, chunk=_LEAST_CHUNK)
-            yield f"{MODEL}loss.chunk {_LEAST_CHUNK}", plan.altered(loss=loss)
-        if module.backbone_config.dtype == "float32":
-            backbone = replace(module.backbone_config, dtype="bfloat16")
-            yield f"{MODEL}backbone.dtype bfloat16", plan.altered(backbone_config=backbone)
+        yield from shorter_chunk(plan)
+        yield from half_backbone(plan)
         if (size := _SIZE.get(module.method)) is not None:
             options = getattr(module, module.method)
             for share in (2, 4, 8):

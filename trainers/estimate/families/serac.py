@@ -16,14 +16,12 @@ from transformers import AutoConfig, PreTrainedModel
 from modules.serac.batch import SeracBatch
 from modules.serac.encoder import EncoderConfig, package_folder, split_source
 from modules.trained.serac import SERAC
-from trainers.estimate.families.base import MODEL, Family
+from trainers.estimate.families.base import Family, half_backbone, shorter_chunk
 from trainers.estimate.shape import shape_of
 
 if TYPE_CHECKING:
     from trainers.estimate.plan import Plan
     from trainers.estimate.totals import Estimate
-
-_LEAST_CHUNK = 256  # tokens; with fewer, logits are no longer what needs memory
 
 
 class Classified(Family):
@@ -105,15 +103,11 @@ class Classified(Family):
         return module.queries.positives + module.queries.negatives
 
     def changes(self, found: Estimate) -> Iterator[tuple[str, Plan]]:
-        plan, module = found.plan, found.plan.module
+        plan = found.plan
         if plan.precision.startswith("32") and not plan.card.cpu:
             yield "--trainer.precision bf16-mixed", plan.altered(precision="bf16-mixed")
-        if module.loss.chunk > _LEAST_CHUNK:
-            loss = replace(module.loss, chunk=_LEAST_CHUNK)
-            yield f"{MODEL}loss.chunk {_LEAST_CHUNK}", plan.altered(loss=loss)
-        if module.backbone_config.dtype == "float32":
-            backbone = replace(module.backbone_config, dtype="bfloat16")
-            yield f"{MODEL}backbone.dtype bfloat16", plan.altered(backbone_config=backbone)
+        yield from shorter_chunk(plan)
+        yield from half_backbone(plan)
 
 
 def _shape_of(config: EncoderConfig) -> EncoderConfig:
