@@ -11,7 +11,7 @@ from modules.metrics import from_file
 from trainers.markdown import markdown_table
 
 LEGEND = (
-    "Percent of {examples}, with 95% bootstrap intervals over examples; in brackets the change from the unedited "
+    "Percent of {examples}; with 95% bootstrap intervals over examples; in brackets the change from the unedited "
     "model, with a star where its interval, of each example's own difference, leaves out zero."
 )
 
@@ -60,9 +60,13 @@ def _tasks(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    sizes = ", ".join(
-        f"{about['examples']} examples of {about['main']}{'' if about.get('percent', True) else ' (no percentage)'}"
-        for about in _tasks(report).values()
+    by_size: dict[int, list[str]] = {}
+    for about in _tasks(report).values():
+        name = about["main"] if about.get("percent", True) else f"{about['main']} (no percentage)"
+        by_size.setdefault(about["examples"], []).append(name)
+    sizes = "; ".join(
+        f"{count:,} examples {'each ' if len(names) > 1 else ''}of {', '.join(names)}"
+        for count, names in by_size.items()
     )
     left_out = [f"Left out: {task}, {why}" for task, why in report["meta"]["left_out"].items()]
     return [LEGEND.format(examples=sizes), *failures(report), *left_out]

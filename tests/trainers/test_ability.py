@@ -22,6 +22,7 @@ from trainers import ability as ability_command
 from trainers import earlier
 from trainers.ability import task
 from trainers.ability_run import run_ability
+from trainers.ability_table import markdown
 from trainers.command import run as command
 from trainers.editors import Chosen
 
@@ -84,6 +85,9 @@ def test_file_and_table(backbone: Backbone, records: list[EditRecord], folder: P
     assert table[0] == "| Editor | Edits | sst2 | nq_open |"
     low, high = (f"{100 * end:.1f}" for end in value["ci"])
     assert table[4].startswith(f"| nudge | 3 | {100 * value['value']:.1f} [{low}, {high}] (")
+    assert any(line.startswith("Percent of 8 examples of sst2/accuracy; 4 examples of nq_open/") for line in table)
+    report["meta"]["tasks"]["nq_open"]["examples"] = 8
+    assert "\nPercent of 8 examples each of sst2/accuracy, nq_open/" in markdown(report)
     assert any(line.startswith("Left out: samsum") for line in table)
     assert "nudge" in screen
 
