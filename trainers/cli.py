@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainers.callbacks.non_finite import NonFinite
 from trainers.callbacks.preemption import Preemption
+from trainers.callbacks.progress_lines import ProgressLines
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.callbacks.step_seed import StepSeed
 from trainers.checkpoints.folder import CheckpointError, newest, read_manifest, verify, whole
@@ -109,6 +110,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(SaveCheckpoints, "checkpoint")
         parser.add_lightning_class_args(StepSeed, "step_seed")
         parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_lightning_class_args(ProgressLines, "progress_lines")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=lambda folder: f"{folder}/checkpoints")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")

@@ -7,6 +7,7 @@ from trainers.callbacks.grad_norm import GradNorm
 from trainers.callbacks.non_finite import NonFinite
 from trainers.callbacks.pool_sizes import PoolSizes
 from trainers.callbacks.preemption import Preemption
+from trainers.callbacks.progress_lines import ProgressLines
 from trainers.callbacks.sample_edits import SampleEdits
 from trainers.callbacks.save_checkpoints import SaveCheckpoints
 from trainers.callbacks.selection_figures import SelectionFigures
@@ -21,6 +22,7 @@ __all__ = [
     "NonFinite",
     "PoolSizes",
     "Preemption",
+    "ProgressLines",
     "SampleEdits",
     "SaveCheckpoints",
     "SelectionFigures",
