@@ -1,5 +1,11 @@
 """Tiny random models and records that many tests share."""
 
+import os
+
+# as launch/test.sh has it, for processes that tests start, too: before torch is imported, since runs that are compared
+# bit by bit need as many threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from typing import Any
 
