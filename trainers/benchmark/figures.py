@@ -105,11 +105,10 @@ def trade(results: Sequence[Result]) -> Figure | None:
                 [generality], [locality], marker, color=colour, label=editor, markersize=7.5, markeredgecolor="white"
             )
         axes.set(title=title, xlabel=IN_WORDS.get(names[0], names[0]))
-        open_axes(axes)
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        open_axes(axes, "both")
     every = [at for found in groups.values() for at in found]
-    panels[0].set(ylabel=IN_WORDS.get(names[1], names[1]))
-    panels[0].set(xlim=_around([x for _, x, _ in every]), ylim=_around([y for *_, y in every]))
+    limits_of = {"xlim": _around([x for _, x, _ in every]), "ylim": _around([y for *_, y in every])}
+    panels[0].set(ylabel=IN_WORDS.get(names[1], names[1]), **limits_of)  # the other panels share them
     legend(figure, panels[0])
     return figure
 
@@ -160,6 +159,4 @@ def _looks(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
 def _readable(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
+    open_axes(axes, "x")

@@ -85,8 +85,7 @@ def _bars(rows: Sequence[Measured]) -> Figure:
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         axes.set_title(title, fontsize=9)
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        open_axes(axes)
+        open_axes(axes, "both")
     panels[0].invert_yaxis()
     figure.suptitle(f"{rows[0].edits:,} edits made at once", fontsize=10)
     return figure

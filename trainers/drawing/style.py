@@ -4,6 +4,7 @@ Colours are of the Okabe-Ito palette, which the colour-blind can tell apart. pyp
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,10 +21,10 @@ def blank(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def open_axes(axes: Axes) -> None:
-    """Axes without a box, with a faint grid."""
+def open_axes(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
+    """Axes without a box, with a faint grid at the ticks of one axis or both."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
